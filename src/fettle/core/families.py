@@ -1,0 +1,71 @@
+"""The families that methods belong to. Each method is one file in the folder of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from fettle.core.spec import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from fettle.core.batch import Batch
+
+
+class Edit(Spec):
+    """A change to a model: adapters, a quantizer, a freeze. Applied in the order of the recipe."""
+
+    def apply(self, model: nn.Module) -> None:
+        """Change the model in place and mark what trains (`requires_grad`)."""
+        raise NotImplementedError(f"{type(self).__name__}.apply")
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """What an artifact must keep so that `apply` on the same base followed by a strict load gives this model."""
+        return {}
+
+    def merge(self, model: nn.Module) -> None:
+        """Fold the edit into plain weights, in place, where that is exact; FettleError where it is not."""
+
+
+@dataclass
+class Loss:
+    """A sum over learned tokens (or pairs), its weight, and what to report.
+
+    The loop divides the sum of `sum` by the sum of `count` over the whole step, so accumulation,
+    packing and sharding give the same gradient. `metrics` are sums over the same count.
+    """
+
+    sum: Tensor  # scalar, float32, differentiable
+    count: Tensor | float  # scalar
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class Objective(Spec):
+    """A loss over a batch."""
+
+    def __call__(self, model: Any, batch: Batch) -> Loss:
+        """`model` is a `fettle.models.forest.Forest`."""
+        raise NotImplementedError(f"{type(self).__name__}.__call__")
+
+
+class Stage(Spec):
+    """One thing that a recipe runs; opens the artifact of the stage before it and leaves its own."""
+
+    output: Path = Field(description="the folder that receives the artifact")
+
+    def run(self, parent: Path | None = None, *, resume: bool = False) -> Path:
+        """Run to the end; returns the artifact's folder."""
+        raise NotImplementedError(f"{type(self).__name__}.run")
+
+
+class Task(Spec):
+    """Something to score: for evaluation, for a reward, for prompt search."""
+
+    def examples(self) -> Iterable[Any]:
+        """The items, in order."""
+        raise NotImplementedError(f"{type(self).__name__}.examples")

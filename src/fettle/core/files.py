@@ -1,0 +1,121 @@
+"""Files that are whole or absent: written aside, synced, renamed, hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import orjson
+
+from fettle.core.errors import FettleError
+
+MANIFEST = "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while piece := handle.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file in one step: a reader sees the old bytes or the new ones, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a JSON file in one step."""
+    write_bytes(path, orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; FettleError where it is missing or broken."""
+    try:
+        value = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FettleError(f"{path}: no such file") from None
+    except orjson.JSONDecodeError as error:
+        raise FettleError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise FettleError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder aside, then seal and rename it to `path`, replacing what stood there.
+
+    On leaving, a manifest of SHA-256 hashes is added (merged into `manifest.json` where the body
+    wrote one), everything is synced, and only then does the name appear.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        seal(aside)
+        if path.exists():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, old)
+            os.replace(aside, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(aside, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Record the hash of every file of a folder in its manifest, and sync them all."""
+    listed = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+    for file in files:
+        sync(file)
+    listed["files"] = {str(p.relative_to(folder)): sha256(p) for p in files}
+    write_json(folder / MANIFEST, listed)
+    for inner in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
+        sync(inner)
+
+
+def verify(folder: Path) -> dict:
+    """The manifest of a sealed folder, after checking every file against it; FettleError names the first that differs."""
+    listed = read_json(folder / MANIFEST)
+    files = listed.get("files")
+    if not isinstance(files, dict):
+        raise FettleError(f"{folder / MANIFEST}: no 'files' in it; the folder was not written by fettle, or not to its end")
+    for name, digest in files.items():
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise FettleError(f"{folder / MANIFEST}: names '{name}', which lies outside the folder")
+        if not file.is_file():
+            raise FettleError(f"{file}: listed in the manifest but missing")
+        if sha256(file) != digest:
+            raise FettleError(f"{file}: damaged (its SHA-256 is not the manifest's)")
+    return listed

@@ -1,0 +1,143 @@
+"""Log-likelihoods of given answers: the prompt is computed once, and its choices are children of it in the forest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fettle.core import FettleError
+from fettle.core.batch import IGNORE, Batch, Example, Node, pack
+from fettle.generate.sample import context_length
+
+if TYPE_CHECKING:
+    from fettle.models.forest import Forest
+
+ROW = 2048  # tokens of a batch, unless an example needs more
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text before its continuations, as token ids: path j is `prompt + paths[j]`, of which the last `scored[j]` count."""
+
+    prompt: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
+    scored: tuple[int, ...]
+    where: str
+
+
+def question(forest: Forest, text: str, choices: Sequence[str], special: bool, where: str) -> Question:
+    """Tokenize each `text + choice` as a whole; what differs from the tokens of `text` alone is scored.
+
+    So a choice that merges with the end of the text is scored with the token that both share, as it would be in training.
+    """
+    encode = forest.tokenizer.encode
+    alone = encode(text, add_special_tokens=special)
+    wholes = [encode(text + choice, add_special_tokens=special) for choice in choices]
+    starts = [_shared(alone, whole) for whole in wholes]
+    return from_tokens([(whole[:n], whole[n:]) for whole, n in zip(wholes, starts, strict=True)], where)
+
+
+def from_tokens(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], where: str) -> Question:
+    """(context, continuation) token ids; the contexts may differ in length but share their beginning."""
+    if any(not context for context, _ in pairs):
+        raise FettleError(f"{where}: nothing stands before the answer; the first token cannot be scored without a start token")
+    shared = min(len(context) for context, _ in pairs)
+    first = list(pairs[0][0][:shared])
+    if any(list(context[:shared]) != first for context, _ in pairs):
+        raise FettleError(f"{where}: the choices have different prompts")
+    if not all(rest for _, rest in pairs):
+        raise FettleError(f"{where}: a choice has no tokens")
+    wholes = [[*context, *rest] for context, rest in pairs]
+    return Question(tuple(first), tuple(tuple(w[shared:]) for w in wholes), tuple(len(rest) for _, rest in pairs), where)
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning, at most one less than `b`, so that something is left to score."""
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return min(same, len(b) - 1)
+
+
+def tree(asked: Question, name: str) -> Example:
+    """The prompt less its last token, and a child for each path: that token with weight 0, then the path."""
+    *above, last = asked.prompt
+    nodes = [Node(np.array(above, np.int32), np.zeros(len(above), np.float32))] if above else []
+    for path, scored in zip(asked.paths, asked.scored, strict=True):
+        weights = np.zeros(len(path) + 1, np.float32)
+        weights[-scored:] = 1
+        nodes.append(Node(np.array([last, *path], np.int32), weights, parent=0 if above else -1))
+    return Example(tuple(nodes), name)
+
+
+def likelihoods(
+    forest: Forest, questions: Sequence[Question], progress: Callable[[int], None] | None = None, *, top: bool = False
+) -> list[list[tuple[float, bool]]]:
+    """For each path of each question (sum of log-probabilities in nats, whether every token is the likeliest).
+
+    The second is computed only where `top` is asked for, and False elsewhere. FettleError names a question over the context.
+    """
+    bound = context_length(forest.config)
+    for asked in questions:
+        size = len(asked.prompt) + max(map(len, asked.paths))
+        if bound and size > bound:
+            raise FettleError(f"{asked.where}: {size} tokens, and the model sees {bound} at most; shorten the row or show fewer shots")
+    found: list[list[tuple[float, bool]]] = [[] for _ in questions]
+    was_training = forest.model.training
+    forest.model.eval()
+    try:
+        for group, batch in _batches(forest, questions):
+            sums, tops = _by_segment(forest, batch, top)
+            scored = [s for s in range(len(batch.segments)) if batch.names[s] and s in sums]
+            for s in scored:
+                found[int(batch.names[s])].append((sums[s], tops[s]))
+            if progress:
+                progress(group)
+    finally:
+        forest.model.train(was_training)
+    return found
+
+
+def _batches(forest: Forest, questions: Sequence[Question]) -> Iterator[tuple[int, Batch]]:
+    trees = [tree(asked, str(i)) for i, asked in enumerate(questions)]
+    length = max(ROW, -(-max(map(len, trees), default=1) // 64) * 64)
+    pad = forest.tokenizer.pad_token_id or 0
+    group: list[Example] = []
+    for example in [*trees, None]:
+        if example is None or sum(map(len, group)) + len(example) > length:
+            if group:
+                yield len(group), pack(group, length, pad).to(device_of(forest))
+            group = []
+        if example is not None:
+            group.append(example)
+
+
+@torch.no_grad()
+def _by_segment(forest: Forest, batch: Batch, top: bool) -> tuple[dict[int, float], dict[int, bool]]:
+    """Sums of target log-probabilities by segment, for the segments that have targets."""
+    positions = torch.nonzero(batch.targets != IGNORE)[:, 0]
+    logps = forest.logps(batch).double().cpu()
+    right = is_top(forest, batch, positions).cpu() if top else torch.zeros(len(positions), dtype=torch.bool)
+    starts = torch.tensor([s.start for s in batch.segments])
+    owner = (torch.searchsorted(starts, positions.cpu(), right=True) - 1).tolist()
+    sums: dict[int, float] = {}
+    tops: dict[int, bool] = {}
+    for segment, logp, ok in zip(owner, logps.tolist(), right.tolist(), strict=True):
+        sums[segment] = sums.get(segment, 0.0) + logp
+        tops[segment] = tops.get(segment, True) and ok
+    return sums, tops
+
+
+@torch.no_grad()
+def is_top(forest: Forest, batch: Batch, positions: Tensor) -> Tensor:
+    """bool [N]: whether the target at each position is the model's likeliest token."""
+    return forest.logits(batch, positions).argmax(-1) == batch.targets[positions]
+
+
+def device_of(forest: Forest) -> torch.device:
+    """Where the model's tokens go in."""
+    device: torch.device = forest.model.get_input_embeddings().weight.device
+    return device

@@ -1,0 +1,80 @@
+"""The pre-training corpus: endless documents about the small world, each a pure function of (world, seed, index).
+
+About three quarters are English, one quarter Chinese. The skills of the instruction tasks are in
+it as prose ("The list pear, fig in alphabetical order is fig, pear."); instructions, questions with their answers
+and chat turns are not, so that a model of this corpus is fluent in its world and unable to follow instructions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from itertools import accumulate, count, islice
+from pathlib import Path
+from typing import Callable, Iterator
+
+from .prose import chinese, facts, language, lists, numbers, reviews, school, stories
+from .world import World
+
+Kind = Callable[[random.Random, World], str]
+
+# How often each kind is drawn.
+KINDS: dict[Kind, float] = {
+    facts.profile: 10, facts.place: 5, facts.things: 5, facts.trades: 2, facts.mixture: 9, facts.truths: 5, facts.kinds: 4, facts.letter: 2,
+    numbers.sums: 8, numbers.comparisons: 4, numbers.sequences: 2, numbers.problems: 3, lists.lists: 12, reviews.reviews: 5,
+    stories.story: 8, stories.journey: 2, stories.talk: 2, stories.mentions: 4, language.grammar: 6,
+    language.glossary: 6, language.names: 2, language.parallel: 5,
+    chinese.profile: 7, chinese.mixture: 6, chinese.places: 4, chinese.truths: 2, chinese.numbers: 4, chinese.lists: 4, chinese.story: 4,
+    reviews.reviews_zh: 3, school.lesson: 9, school.lesson_zh: 4,
+}
+_KINDS, _WEIGHTS = tuple(KINDS), tuple(accumulate(KINDS.values()))
+_PASSAGES = (1, 1, 2, 2, 3, 4)
+
+
+def document(world: World, seed: int, index: int) -> str:
+    """Document `index` of the corpus of `seed`: one to four passages of one kind, 30 to 400 words in all."""
+    rng = random.Random(f"document/{seed}/{index}")
+    kind = rng.choices(_KINDS, cum_weights=_WEIGHTS)[0]
+    return "\n\n".join(kind(rng, world) for _ in range(rng.choice(_PASSAGES)))
+
+
+def documents(world: World, seed: int, start: int = 0) -> Iterator[str]:
+    """All documents from `start` on, without end."""
+    return (document(world, seed, index) for index in count(start))
+
+
+def write_corpus(path: str | Path, world: World, seed: int = 0, documents_: int = 1000) -> int:
+    """Write the first `documents_` documents as JSONL rows ``{"text": ...}``; return the number of characters of text.
+
+    The file appears whole or not at all: it is written under a temporary name, synced and renamed.
+    """
+    characters = 0
+    with whole_file(path) as file:
+        for text in islice(documents(world, seed), documents_):
+            characters += len(text)
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return characters
+
+
+class whole_file:
+    """A text file for writing that takes its name only when it is complete: ``with whole_file(path) as file``."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.part = self.path.with_name(self.path.name + ".part")
+
+    def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.part.open("w", encoding="utf-8", newline="\n")
+        return self.file
+
+    def __exit__(self, failed, *_) -> None:
+        if failed:
+            self.file.close()
+            self.part.unlink()
+            return
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        os.replace(self.part, self.path)

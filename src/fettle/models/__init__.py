@@ -1,0 +1,1 @@
+"""Models: load, select modules, attention over a forest, the head."""

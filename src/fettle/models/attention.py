@@ -1,0 +1,125 @@
+"""Attention over a forest of segments, registered with transformers' attention interface.
+
+While `Forest.hidden` runs, the mask function of transformers returns the batch's `Plan` instead of a mask; it travels
+through the layers (and through gradient checkpointing) in the place of the mask and tells the attention function who
+sees whom. Outside of a forest batch, as in generation, the same names behave as 'sdpa'.
+
+Shapes: T tokens, H query heads, K key heads, D head size. Tensors arrive as [1, H or K, T, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from fettle.core.errors import FettleError
+from fettle.models.plan import Plan
+
+_current: ContextVar[Plan | None] = ContextVar("fettle_plan", default=None)
+Backend = Callable[..., Tensor]
+BACKENDS: dict[str, Backend] = {}
+
+
+@contextmanager
+def running(plan: Plan) -> Iterator[None]:
+    """Within it, models whose attention is one of ours attend by `plan`."""
+    token = _current.set(plan)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    plan = _current.get()
+    return sdpa_mask(*args, **kwargs) if plan is None else plan
+
+
+def backend(name: str) -> Callable[[Backend], Backend]:
+    """Register a function (query, key, value, plan, scale, window, softcap) -> [1, H, T, D] as 'fettle_<name>'."""
+
+    def register(function: Backend) -> Backend:
+        def forward(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, dropout: float = 0.0,
+            scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None, **other: Any,
+        ) -> tuple[Tensor, None]:  # fmt: skip
+            if not isinstance(attention_mask, Plan):
+                if softcap is not None:
+                    return _capped(query, key, value, attention_mask, scaling, softcap), None
+                return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **other)
+            refuse_unknown(module, other)
+            chosen = BACKENDS["dense"] if dropout else function
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            extra = {"dropout": dropout} if dropout else {}
+            out = chosen(query, key, value, attention_mask, scale, sliding_window, softcap, **extra)
+            return out.transpose(1, 2).contiguous(), None
+
+        BACKENDS[name] = function
+        AttentionInterface.register(f"fettle_{name}", forward)
+        AttentionMaskInterface.register(f"fettle_{name}", _mask)
+        return function
+
+    return register
+
+
+def refuse_unknown(module: nn.Module, other: dict[str, Any]) -> None:
+    """FettleError where a layer asks its attention for something that changes the result and is not built here."""
+    for key in ("s_aux", "position_bias", "head_mask", "cache"):
+        if other.get(key) is not None:
+            raise FettleError(f"{type(module).__name__} passes '{key}' to its attention, which a forest batch does not support")
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, cap: float) -> Tensor:
+    key, value = repeat(key, query.shape[1]), repeat(value, query.shape[1])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / cap)).float() * cap
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - query.shape[2])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1).to(query.dtype) @ value).transpose(1, 2).contiguous()
+
+
+def repeat(x: Tensor, heads: int) -> Tensor:
+    """Key heads repeated for each query head of their group: [1, K, T, D] -> [1, H, T, D]."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+@backend("dense")
+def dense(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, window: int | None, softcap: float | None,
+    dropout: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The reference: one mask [T, T]."""
+    key, value = repeat(key, query.shape[1]), repeat(value, query.shape[1])
+    mask = plan.mask(window, query.device)
+    if softcap is None:
+        return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
+    scores = torch.tanh((query @ key.transpose(2, 3)).float() * (scale / softcap)) * softcap
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(query.dtype)
+    return nn.functional.dropout(weights, dropout) @ value
+
+
+@backend("segments")
+def segments(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """One scaled-dot-product call a segment."""
+    if softcap is not None or window is not None:
+        return dense(query, key, value, plan, scale, window, softcap)
+    key, value = repeat(key, query.shape[1]), repeat(value, query.shape[1])
+    pieces = []
+    for segment, keys, mask in plan.pieces(query.device):
+        pieces.append(nn.functional.scaled_dot_product_attention(
+            query[:, :, segment.start : segment.stop], key[:, :, keys], value[:, :, keys], mask,
+            is_causal=segment.causal and mask is None, scale=scale,
+        ))  # fmt: skip
+    return torch.cat(pieces, 2)

@@ -1,0 +1,75 @@
+"""Forest: a language model that takes forest batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fettle.core.batch import IGNORE, Batch
+from fettle.core.errors import FettleError
+from fettle.models import attention
+from fettle.models.head import Head
+from fettle.models.plan import Plan
+from fettle.models.spec import ModelSpec
+
+
+class Forest:
+    """A transformers causal language model, its tokenizer, and attention over segments.
+
+    T tokens of a batch, C width, V vocabulary, N learned targets.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, spec: ModelSpec | None = None, backend: str | None = None) -> None:
+        self.model, self.tokenizer, self.spec = model, tokenizer, spec or ModelSpec()
+        self.config = model.config
+        self.backend = backend or pick(model, self.spec.attention)
+        if self.backend != "paths":
+            model.set_attn_implementation(f"fettle_{self.backend}")  # type: ignore[operator]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter lies."""
+        return next(self.model.parameters()).device
+
+    @property
+    def head(self) -> Head:
+        """The way from hidden states to logits, with whatever module stands there now."""
+        module = self.model.get_output_embeddings()  # type: ignore[operator]
+        if module is None:
+            raise FettleError(f"{type(self.model).__name__} has no output embedding: it is not a language model")
+        text = self.config.get_text_config()
+        scale = float(getattr(text, "logit_scale", None) or 1.0)
+        scale /= float(getattr(text, "logits_scaling", None) or 1.0)
+        return Head(module, scale, getattr(text, "final_logit_softcapping", None))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """[T, C]: the states after the final norm, before the head."""
+        batch = batch.to(self.device)
+        plan = Plan(batch.segments, batch.positions)
+        with attention.running(plan):
+            out = self.model.base_model(  # type: ignore[operator]
+                input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False
+            )
+        return out.last_hidden_state[0]
+
+    def logps(self, batch: Batch) -> Tensor:
+        """float32 [N]: log-probabilities of the learned targets, in the order of their positions."""
+        hidden = self.hidden(batch)
+        targets = batch.targets.to(hidden.device)
+        learned = (targets != IGNORE).nonzero()[:, 0]
+        return self.head.logps(hidden.index_select(0, learned), targets[learned])
+
+    def logits(self, batch: Batch, positions: Tensor) -> Tensor:
+        """[len(positions), V]: logits at some positions of the row."""
+        return self.head.logits(self.hidden(batch)[positions.to(self.device)])
+
+
+def pick(model: nn.Module, asked: str = "auto") -> str:
+    """The attention backend for a model on its device."""
+    if not getattr(model, "_supports_attention_backend", False):
+        return "paths"
+    if asked != "auto":
+        return asked
+    return "flex" if next(model.parameters()).device.type == "cuda" else "segments"

@@ -1,0 +1,207 @@
+"""Loading a model and its tokenizer: safetensors only, checked before anything opens.
+
+What a folder can do to its reader is bounded here: names in an index must stay inside the folder, pickled weights are
+refused, code that came with the model runs only with an opt-in and a pinned commit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fettle
+from fettle.core.errors import FettleError
+from fettle.core.files import read_json, sha256
+from fettle.models.allocator import keep_pages
+from fettle.models.forest import Forest
+from fettle.models.spec import EMBEDDED, ModelSpec
+
+INDEX = "model.safetensors.index.json"
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def load(spec: ModelSpec) -> Forest:
+    """The model that a spec names, on its device, in evaluation mode, nothing frozen."""
+    device = pick_device(spec.device)
+    dtype = pick_dtype(spec.dtype, device)
+    if device.type == "cpu":
+        keep_pages()
+    model = random_model(spec, dtype) if spec.config is not None else pretrained(spec, dtype)
+    tokenizer = load_tokenizer(spec)
+    check_vocabulary(model, tokenizer)
+    model.to(device).eval()  # type: ignore[arg-type]
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return Forest(model, tokenizer, spec)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a spec means."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise FettleError(f"model.device: '{name}' is not a device; use auto, cpu, cuda or cuda:<number>") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise FettleError(f"model.device: '{name}' is not here ({torch.cuda.device_count()} CUDA devices); use auto or cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a spec means on a device."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if has_bf16_units() else torch.float32
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def folder_of(path: str, revision: str | None = None) -> Path:
+    """The local folder of a model: embedded, given, or fetched from the hub."""
+    if path == EMBEDDED:
+        folder = Path(fettle.__file__).parent / "lab" / "tiny"
+        if not (folder / "config.json").is_file():
+            raise FettleError(f"{folder}: the embedded base is missing from this installation; build it with 'fettle lab base'")
+        return folder
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FettleError(f"{folder}: no config.json in it, so it is not a model folder")
+        return folder
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
+        raise FettleError(f"model: there is no folder '{path}'; give a folder, a Hugging Face id (name/model) or '{EMBEDDED}'")
+    return _fetched(path, revision)
+
+
+def _fetched(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FettleError(
+            f"model: '{name}' is neither a folder here nor could it be fetched from the Hugging Face hub ({reason}); "
+            f"check the spelling and the network, sign in with 'hf auth login' if it is gated, or use '{EMBEDDED}'"
+        ) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, every name checked to stay inside it."""
+    if (folder / INDEX).is_file():
+        listed = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise FettleError(f"{folder / INDEX}: no 'weight_map' in it")
+        for tensor, name in listed.items():
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+                raise FettleError(f"{folder / INDEX}: the file of '{tensor}' is {name!r}; expected a plain *.safetensors name")
+        files = [folder / name for name in sorted(set(listed.values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED)
+        if pickled and not (folder / INDEX).is_file():
+            raise FettleError(
+                f"{folder}: the weights are pickled ({pickled[0]}), and unpickling runs code; convert them to safetensors first"
+            )
+        raise FettleError(f"{missing[0]}: no such file; the model folder is incomplete")
+    return files
+
+
+def base_hash(folder: Path) -> str:
+    """One SHA-256 over the configuration and the weights of a model folder."""
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *weight_files(folder)]:
+        digest.update(f"{file.name} {sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def pretrained(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
+    """The pretrained model; FettleError where the folder does not hold exactly its weights."""
+    from transformers import AutoModelForCausalLM
+
+    folder = folder_of(spec.path, spec.revision)
+    weight_files(folder)
+    check_code(folder, spec.trust_remote_code)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
+            trust_remote_code=spec.trust_remote_code,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise FettleError(f"{folder}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape"), ("unexpected_keys", "has, unasked,")):
+        if names := sorted(map(str, report.get(key) or ())):
+            raise FettleError(
+                f"{folder}: the checkpoint {what} {len(names)} of the weights of {type(model).__name__} ({', '.join(names[:3])}"
+                f"{', ...' if len(names) > 3 else ''}); it belongs to another architecture or is damaged"
+            )
+    return model
+
+
+def random_model(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
+    """A model of `spec.config` with random weights, the same for the same seed; the vocabulary follows the tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(spec.config or {})
+    kind = settings.pop("model_type")
+    try:
+        config = AutoConfig.for_model(kind, **settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise FettleError(f"model.config: {str(error).strip().splitlines()[0]}") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+
+
+def check_code(folder: Path, trusted: bool) -> None:
+    """FettleError where a model needs code of its own and may not run it, or names code in another repository."""
+    auto = read_json(folder / "config.json").get("auto_map")
+    if not auto:
+        return
+    elsewhere = [value for value in _strings(auto) if "--" in value]
+    if elsewhere and trusted:
+        raise FettleError(f"{folder / 'config.json'}: auto_map names code of another repository ('{elsewhere[0]}'), which is not pinned")
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [s for v in inner for s in _strings(v)]
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """The tokenizer that goes with a model."""
+    from transformers import AutoTokenizer
+
+    folder = folder_of(spec.tokenizer or spec.path, None if spec.tokenizer else spec.revision)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FettleError(f"{folder}: the tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
+    """FettleError where the tokenizer can produce an id that the embedding does not have."""
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= rows:
+        raise FettleError(
+            f"the tokenizer has ids up to {highest} but the model's embedding has {rows} rows; "
+            f"this is another model's tokenizer, or the vocabulary was enlarged without the model"
+        )

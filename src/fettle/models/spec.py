@@ -1,0 +1,52 @@
+"""ModelSpec: which model, at which precision, on which device, with which attention."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from fettle.core.spec import Spec
+
+EMBEDDED = "fettle/tiny"
+
+
+class ModelSpec(Spec):
+    """A causal language model of `transformers`. In a recipe a plain string stands for `path`."""
+
+    path: str = Field(EMBEDDED, description="'fettle/tiny' (the embedded base), a folder, or a Hugging Face id")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    trust_remote_code: bool = Field(False, description="run code that came with the model; needs a full commit as revision")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU and on a CPU with bfloat16 units, else float32"
+    )
+    attention: Literal["auto", "dense", "segments", "flex", "varlen", "paths"] = "auto"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    gradient_checkpointing: bool = False
+    config: dict[str, Any] | None = Field(
+        None, description="a transformers configuration (with model_type) to start from random weights instead of `path`"
+    )
+    tokenizer: str | None = Field(None, description="folder or id of the tokenizer; default: the model's own")
+    seed: int = Field(0, ge=0, description="seed of the random weights, where `config` is given")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_string(cls, data: Any) -> Any:
+        return {"path": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelSpec:
+        if self.trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(
+                f"trust_remote_code runs code from the internet and needs 'revision' to be a full commit "
+                f"(40 hex digits), found {self.revision!r}"
+            )
+        if self.config is not None:
+            if "model_type" not in self.config:
+                raise ValueError("config: the key 'model_type' is missing, as in {model_type: llama, hidden_size: 256}")
+            if "path" in self.model_fields_set:
+                raise ValueError("'path' and 'config' exclude each other: the first loads weights, the second draws them")
+            if self.tokenizer is None:
+                raise ValueError("a model from 'config' needs 'tokenizer': a folder or a Hugging Face id")
+        return self

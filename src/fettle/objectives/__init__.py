@@ -1,0 +1,7 @@
+"""What a model is trained towards; one file an objective."""
+
+from fettle.core.families import Objective
+from fettle.core.spec import one_of
+from fettle.objectives.sft import SFT as SFT
+
+AnyObjective = one_of(Objective)

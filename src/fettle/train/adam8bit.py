@@ -1,0 +1,99 @@
+"""AdamW with 8-bit state: block-wise dynamic quantization (Dettmers et al. 2021, arXiv 2110.02861).
+
+Each block of 256 values of a moment is divided by its largest magnitude and stored as the index of
+the nearest of 256 fixed values, which lie dense near zero: 7 orders of magnitude in a byte. The
+first moment uses the signed code, the second (never negative) the unsigned one. Tensors under 4096
+values keep float32 state, as in the paper.
+
+m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  w <- w - lr (mhat / (sqrt(vhat) + eps) + decay w)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+SMALLEST = 4096
+
+
+@cache
+def dynamic_code(signed: bool) -> Tensor:
+    """The 256 values of the code in [-1, 1] (or [0, 1]), sorted, float32.
+
+    An exponent of base ten is written in unary, the remaining bits split its interval linearly.
+    """
+    values = [0.0, 1.0]
+    bits = 7
+    for i in range(bits):
+        items = 2 ** (i + (0 if signed else 1)) + 1
+        edges = torch.linspace(0.1, 1.0, items, dtype=torch.float64)
+        middle = ((edges[1:] + edges[:-1]) / 2) * 10.0 ** (i - bits + 1)
+        values += middle.tolist()
+        if signed:
+            values += (-middle).tolist()
+    code = torch.tensor(sorted(values), dtype=torch.float32)
+    assert len(code) == 256, len(code)
+    return code
+
+
+def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Flat float32 [n] -> codes uint8 [blocks, 256] (zero-padded) and float32 scales [blocks, 1]."""
+    blocks = torch.nn.functional.pad(values.reshape(-1), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    code = dynamic_code(signed).to(values.device)
+    middles = (code[1:] + code[:-1]) / 2
+    return torch.bucketize(blocks / scale, middles).to(torch.uint8), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, signed: bool, like: Tensor) -> Tensor:
+    """The values that codes and scales stand for, in the shape of `like`."""
+    values = dynamic_code(signed).to(codes.device)[codes.int()] * scale
+    return values.view(-1)[: like.numel()].view_as(like)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW whose moments take one byte a weight each (and 4 bytes a block of 256)."""
+
+    def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every weight that has a gradient."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._update(weight, group)
+
+    def _update(self, weight: Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[weight], weight.grad.float()  # type: ignore[union-attr]
+        beta1, beta2 = group["betas"]
+        state["step"] = state.get("step", torch.zeros(())) + 1
+        step = state["step"].item()
+        mean = self._read(state, "exp_avg", True, gradient).lerp_(gradient, 1 - beta1)
+        square = self._read(state, "exp_avg_sq", False, gradient).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        self._write(state, "exp_avg", True, mean)
+        self._write(state, "exp_avg_sq", False, square)
+        denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+
+    @staticmethod
+    def _read(state: dict[str, Tensor], name: str, signed: bool, like: Tensor) -> Tensor:
+        if name in state:
+            return state[name]
+        if f"{name}_codes" in state:
+            return dequantize(state[f"{name}_codes"], state[f"{name}_scale"], signed, like)
+        return torch.zeros_like(like)
+
+    @staticmethod
+    def _write(state: dict[str, Tensor], name: str, signed: bool, values: Tensor) -> None:
+        if values.numel() < SMALLEST:
+            state[name] = values
+        else:
+            state[f"{name}_codes"], state[f"{name}_scale"] = quantize(values, signed)

@@ -1,0 +1,137 @@
+"""Checkpoints that survive: whole or absent, hashed, the last k kept, the newest sound one found again."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fettle.core.errors import FettleError
+from fettle.core.files import MANIFEST, new_folder, verify, write_json
+from fettle.core.spec import Spec
+from fettle.train.optim import Masters
+
+
+class CheckpointSpec(Spec):
+    """How often to save, and how many to keep."""
+
+    every: int = Field(default=100, ge=1, description="optimizer steps between checkpoints")
+    keep: int = Field(default=2, ge=1, description="how many of the newest to keep")
+
+
+def random_state() -> dict[str, Tensor]:
+    """Every generator's state as tensors: torch's (all devices), numpy's, Python's."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words, -1 if gauss is None else 1], dtype=torch.int64),
+        "python_gauss": torch.tensor(gauss or 0.0, dtype=torch.float64),
+        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64).copy()),
+        "numpy_rest": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Put every generator back to where `random_state` found it."""
+    torch.set_rng_state(state["torch"])
+    version, *words, has = state["python"].tolist()
+    random.setstate((version, tuple(words), state["python_gauss"].item() if has == 1 else None))
+    position, has_gauss, cached = state["numpy_rest"].tolist()
+    keys = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    if torch.cuda.is_available() and "cuda0" in state:
+        torch.cuda.set_rng_state_all([state[f"cuda{i}"] for i in range(torch.cuda.device_count())])
+
+
+def pack_state(masters: Masters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Everything that training changes, as named tensors: weights, masters, optimizer, generators."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in masters.weights.items():
+        master = masters.masters[name]
+        tensors[f"weight/{name}"] = weight.detach()
+        if master is not weight:
+            tensors[f"master/{name}"] = master.detach()
+        for key, value in optimizer.state.get(master, {}).items():
+            tensors[f"optim/{key}/{name}"] = value
+    tensors |= {f"random/{key}": value for key, value in random_state().items()}
+    return {key: value.cpu().contiguous() for key, value in tensors.items()}
+
+
+def unpack_state(tensors: dict[str, Tensor], masters: Masters, optimizer: torch.optim.Optimizer) -> None:
+    """Put back what `pack_state` gave. FettleError where the trained weights are not the same ones."""
+    saved = {key.removeprefix("weight/") for key in tensors if key.startswith("weight/")}
+    if saved != set(masters.weights):
+        odd = sorted(saved ^ set(masters.weights))[0]
+        raise FettleError(f"the checkpoint trains other weights than this recipe ('{odd}' is on one side only)")
+    with torch.no_grad():
+        for name, weight in masters.weights.items():
+            weight.copy_(tensors[f"weight/{name}"])
+            master = masters.masters[name]
+            if master is not weight:
+                master.copy_(tensors[f"master/{name}"])
+    for key, value in tensors.items():
+        if key.startswith("optim/"):
+            _, slot, name = key.split("/", 2)
+            master = masters.masters[name]
+            where = "cpu" if slot == "step" and master.device.type == "cpu" else master.device
+            optimizer.state[master][slot] = value.clone().to(where)
+    set_random_state({key.removeprefix("random/"): v for key, v in tensors.items() if key.startswith("random/")})
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], keep: int) -> Path:
+    """Write `folder`/step-NNNNNNNN and drop all but the newest `keep`. FettleError where the disk refuses."""
+    target = folder / f"step-{step:08d}"
+    try:
+        with new_folder(target) as aside:
+            save_file(tensors, aside / "state.safetensors")
+            write_json(aside / MANIFEST, {"kind": "checkpoint", "step": step, **facts})
+    except Exception as error:  # safetensors raises its own type where the disk is full
+        kept = [path.name for path in _all(folder)]
+        raise FettleError(
+            f"{target}: the checkpoint could not be written ({error}); "
+            f"{'the earlier ones are whole: ' + ', '.join(kept) if kept else 'there is no earlier one'}; "
+            "make room and go on with --resume"
+        ) from error
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def newest(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]] | None:
+    """Manifest and tensors of the newest sound checkpoint, and a sentence for each damaged one stepped over."""
+    problems = []
+    for path in reversed(_all(folder)):
+        try:
+            facts = verify(path)
+            return facts, load_file(path / "state.safetensors"), problems
+        except (FettleError, OSError) as error:
+            problems.append(f"{error}; stepped over")
+    if problems:
+        raise FettleError(f"{folder}: no sound checkpoint is left. " + " ".join(problems))
+    return None
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written; `.old` folders are what a replaced name held before."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+\.(tmp|old)", path.name):
+            owner = int(path.name.split(".")[-2])
+            if owner == os.getpid() or not Path(f"/proc/{owner}").exists():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", p.name))

@@ -1,0 +1,59 @@
+"""Data parallelism under torchrun: ranks share the batches of a step, and sum gradients and counts.
+
+The batches of a step are the same whatever the number of processes; rank r takes every W-th.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fettle.core.errors import FettleError
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process of how many this is."""
+
+    rank: int = 0
+    size: int = 1
+
+    @staticmethod
+    def join(accumulate: int) -> World:
+        """Join the process group that torchrun's environment describes; alone where there is none."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return World()
+        if accumulate % size:
+            raise FettleError(
+                f"optim.accumulate: {accumulate} batches a step cannot be shared evenly by {size} processes; "
+                f"choose a multiple of {size}"
+            )
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        return World(dist.get_rank(), size)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def sum(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes, in one exchange a type."""
+        if self.size == 1 or not tensors:
+            return
+        for dtype in {t.dtype for t in tensors}:
+            same = [t for t in tensors if t.dtype == dtype]
+            flat = torch.cat([t.reshape(-1) for t in same])
+            dist.all_reduce(flat)
+            for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def wait(self) -> None:
+        """Wait for the other processes."""
+        if self.size > 1:
+            dist.barrier()
