@@ -25,18 +25,20 @@ KINDS: dict[Kind, float] = {
     numbers.sums: 8, numbers.comparisons: 4, numbers.sequences: 2, numbers.problems: 3, lists.lists: 12, reviews.reviews: 5,
     stories.story: 8, stories.journey: 2, stories.talk: 2, stories.mentions: 4, language.grammar: 6,
     language.glossary: 6, language.names: 2, language.parallel: 5,
-    chinese.profile: 7, chinese.mixture: 6, chinese.places: 4, chinese.truths: 2, chinese.numbers: 4, chinese.lists: 4, chinese.story: 4,
-    reviews.reviews_zh: 3, school.lesson: 9, school.lesson_zh: 4,
+    school.lesson: 9,
+    chinese.profile: 9, chinese.mixture: 8, chinese.places: 5, chinese.truths: 3, chinese.numbers: 4, chinese.lists: 5, chinese.story: 5,
+    reviews.reviews_zh: 4, school.lesson_zh: 5,
 }
 _KINDS, _WEIGHTS = tuple(KINDS), tuple(accumulate(KINDS.values()))
-_PASSAGES = (1, 1, 2, 2, 3, 4)
+_PASSAGES = {False: (1, 1, 2, 2, 3, 4), True: (2, 3, 3, 4, 5)}      # of a document in English, in Chinese
+_CHINESE = frozenset(kind for kind in KINDS if kind.__module__.endswith("chinese") or kind.__name__.endswith("_zh"))
 
 
 def document(world: World, seed: int, index: int) -> str:
-    """Document `index` of the corpus of `seed`: one to four passages of one kind, 30 to 400 words in all."""
+    """Document `index` of the corpus of `seed`: one to five passages of one kind, 30 to 400 words in all."""
     rng = random.Random(f"document/{seed}/{index}")
     kind = rng.choices(_KINDS, cum_weights=_WEIGHTS)[0]
-    return "\n\n".join(kind(rng, world) for _ in range(rng.choice(_PASSAGES)))
+    return "\n\n".join(kind(rng, world) for _ in range(rng.choice(_PASSAGES[kind in _CHINESE])))
 
 
 def documents(world: World, seed: int, start: int = 0) -> Iterator[str]:

@@ -7,7 +7,7 @@ Every digit is a token of its own. The folder that `save_tokenizer` writes opens
 from __future__ import annotations
 
 import json
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable
 
@@ -21,8 +21,9 @@ END, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|
 SPECIAL_TOKENS = (END, PAD, TURN_START, TURN_END)      # ids 0, 1, 2, 3
 MAX_LENGTH = 1024
 
-# Words with the space before them, single digits, runs of punctuation, space. The pattern of Llama 3, a digit at a time.
-PATTERN = r"'s|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Runs of Han, words with the space before them, single digits, runs of punctuation, space: the pattern of Llama 3, but a
+# digit at a time, and a Chinese word is the same token with and without a space before it.
+PATTERN = r"'s|\p{Han}+|[^\r\n\p{L}\p{N}]?[\p{L}&&[^\p{Han}]]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -53,8 +54,11 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 4096) -> Tokenizer:
 
 
 def lab_tokenizer(world: World, seed: int = 0, sample: int = 20_000, vocabulary: int = 4096) -> Tokenizer:
-    """The tokenizer trained on the first `sample` documents of the corpus of `seed`."""
-    return train_tokenizer(islice(documents(world, seed), sample), vocabulary)
+    """The tokenizer trained on the first `sample` documents of the corpus of `seed`.
+
+    The names of the roles are added, because a chat template writes them in every turn and the corpus does not.
+    """
+    return train_tokenizer(chain(islice(documents(world, seed), sample), ["user assistant system", "\nuser\nassistant\nsystem"] * sample), vocabulary)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:

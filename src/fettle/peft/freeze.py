@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 
 from fettle.core.families import Edit
-from fettle.models.select import weights_of
+from fettle.models.surgery import weights_of
 
 
 class Freeze(Edit):

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
-from fettle.models.select import linears, replace
+from fettle.models.select import linears
+from fettle.models.surgery import replace
 from fettle.models.weight import in_out, read_weight, write_weight
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
@@ -28,36 +26,11 @@ class CheckpointSpec(Spec):
     keep: int = Field(default=2, ge=1, description="how many of the newest to keep")
 
 
-def random_state() -> dict[str, Tensor]:
-    """Every generator's state as tensors: torch's (all devices), numpy's, Python's."""
-    version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *words, -1 if gauss is None else 1], dtype=torch.int64),
-        "python_gauss": torch.tensor(gauss or 0.0, dtype=torch.float64),
-        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64).copy()),
-        "numpy_rest": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        state |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return state
-
-
-def set_random_state(state: dict[str, Tensor]) -> None:
-    """Put every generator back to where `random_state` found it."""
-    torch.set_rng_state(state["torch"])
-    version, *words, has = state["python"].tolist()
-    random.setstate((version, tuple(words), state["python_gauss"].item() if has == 1 else None))
-    position, has_gauss, cached = state["numpy_rest"].tolist()
-    keys = state["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
-    if torch.cuda.is_available() and "cuda0" in state:
-        torch.cuda.set_rng_state_all([state[f"cuda{i}"] for i in range(torch.cuda.device_count())])
-
-
 def pack_state(masters: Masters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that training changes, as named tensors: weights, masters, optimizer, generators."""
+    """Everything that training changes, as named tensors: weights, masters, optimizer.
+
+    Generators are not among it: the loop seeds them from (seed, index of the batch), so they have no history.
+    """
     tensors: dict[str, Tensor] = {}
     for name, weight in masters.weights.items():
         master = masters.masters[name]
@@ -66,7 +39,6 @@ def pack_state(masters: Masters, optimizer: torch.optim.Optimizer) -> dict[str, 
             tensors[f"master/{name}"] = master.detach()
         for key, value in optimizer.state.get(master, {}).items():
             tensors[f"optim/{key}/{name}"] = value
-    tensors |= {f"random/{key}": value for key, value in random_state().items()}
     return {key: value.cpu().contiguous() for key, value in tensors.items()}
 
 
@@ -88,7 +60,6 @@ def unpack_state(tensors: dict[str, Tensor], masters: Masters, optimizer: torch.
             master = masters.masters[name]
             where = "cpu" if slot == "step" and master.device.type == "cpu" else master.device
             optimizer.state[master][slot] = value.clone().to(where)
-    set_random_state({key.removeprefix("random/"): v for key, v in tensors.items() if key.startswith("random/")})
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], keep: int) -> Path:

@@ -1,0 +1,171 @@
+"""The elements of one JSON array, found without reading the file whole, so that a broken one spoils only itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fettle.data.streams import HEAD, MAX_ROW, Broken
+
+# A string ends at its quote, or at the end of the line where it was never closed (JSON has no line ends inside strings).
+TOKEN = re.compile(rb'"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*(?:"|\\?\n|\\?\Z)|[{}\[\]]')
+GAP = re.compile(rb"[\s,]*")
+JUNK = re.compile(rb'(?:"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*"?|[^\s,{}\[\]"])+')
+TORN = "not valid JSON: in the object that begins here a quote or a brace is missing"
+PAIR = {b"}": b"{", b"]": b"["}
+
+
+@dataclass(frozen=True)
+class Element:
+    """The bytes of one element and the line it begins on, or what is wrong with that stretch of the file."""
+
+    line: int
+    data: bytes
+    problem: str | None = None
+
+
+class _Window:
+    """The part of a stream that is being looked at: `data` from `at` on, and the line and indentation there."""
+
+    def __init__(self, source: Iterator[bytes]) -> None:
+        self.source, self.data, self.at, self.line = source, b"", 0, 1
+        self.ended = False
+        self.broken: str | None = None
+        self.indent: bytes | None = b""  # what stands before `at` on its line, if that is only space
+
+    @property
+    def size(self) -> int:
+        return len(self.data) - self.at
+
+    def more(self) -> bool:
+        """Read at least as much again as there is; False at the end."""
+        parts, want, grown = [self.data[self.at :]], max(self.size, 1), False
+        while want > 0 and not self.ended:
+            try:
+                piece = next(self.source, None)
+            except Broken as error:
+                piece, self.broken = None, str(error)
+            self.ended = piece is None
+            parts.append(piece or b"")
+            want -= len(parts[-1])
+            grown = grown or bool(piece)
+        self.data, self.at = b"".join(parts), 0
+        return grown
+
+    def cut(self, size: int) -> bytes:
+        """Take the next `size` bytes."""
+        taken = self.data[self.at : self.at + size]
+        self.at += size
+        self.line += taken.count(b"\n")
+        _, newline, last = taken.rpartition(b"\n")
+        before = last if newline else None if self.indent is None else self.indent + taken
+        self.indent = before if before is not None and not before.strip() else None
+        return taken
+
+    def skip_gap(self) -> bytes:
+        """Step over spaces and commas; the byte that follows, or nothing at the end."""
+        while True:
+            found = GAP.match(self.data, self.at)
+            self.cut(found.end() - self.at if found else 0)
+            if self.size or not self.more():
+                return self.data[self.at : self.at + 1]
+
+
+def elements(source: Iterator[bytes]) -> Iterator[Element]:
+    """Every element of the array in `source`, whose first byte that is no space must be '['."""
+    window = _Window(source)
+    window.skip_gap()
+    window.cut(1)
+    while True:
+        first = window.skip_gap()
+        if not first:
+            yield Element(window.line, b"", window.broken or "the file ends inside the array; what follows is lost")
+            return
+        if first == b"]":
+            line = window.line
+            window.cut(1)
+            if not window.skip_gap():
+                if window.broken:
+                    yield Element(window.line, b"", window.broken)
+                return
+            yield Element(line, b"]", "a closing bracket before the end of the file")
+        elif first in b"{[":
+            yield _container(window)
+        else:
+            yield _junk(window)
+
+
+def _junk(window: _Window) -> Element:
+    """A number, a word, a string or a stray brace where an object should begin."""
+    line = window.line
+    while True:
+        found = JUNK.match(window.data, window.at)
+        size = found.end() - window.at if found else 1
+        if size < window.size or size > MAX_ROW or not window.more():
+            return Element(line, window.cut(size), "expected an object, found something else")
+
+
+def _container(window: _Window) -> Element:
+    """The object (or list) that begins where the window stands."""
+    done, stack, line = 0, bytearray(), window.line
+    while True:
+        done, end, torn = _scan(window, done, stack)
+        if end:
+            return Element(line, window.cut(end))
+        if torn or window.size > MAX_ROW or not window.more():
+            return _torn(window, line)
+
+
+def _scan(window: _Window, done: int, stack: bytearray) -> tuple[int, int, bool]:
+    """Go on from `done` bytes: how far it got, where the element ended (0 for not yet), and whether it is torn."""
+    data, start = window.data, window.at
+    for token in TOKEN.finditer(data, start + done):
+        text = token.group()
+        if text[:1] == b'"':
+            if text[-1:] == b"\n":
+                return token.start() - start, 0, True
+            if token.end() == len(data) and _unclosed(text):
+                return token.start() - start, 0, window.ended
+        elif text in PAIR:
+            if stack[-1:] != PAIR[text]:
+                return token.start() - start, 0, True
+            stack.pop()
+            if not stack:
+                return 0, token.end() - start, False
+        else:
+            stack += text
+    return len(data) - start, 0, False
+
+
+def _unclosed(text: bytes) -> bool:
+    """Whether a string that reaches the end of the window may go on: no quote at its end, or an escaped one."""
+    if len(text) == 1 or text[-1:] != b'"':
+        return True
+    body = text[1:-1]
+    return (len(body) - len(body.rstrip(b"\\"))) % 2 == 1
+
+
+def _torn(window: _Window, line: int) -> Element:
+    """An element that never closes: it goes up to the next line that opens one at the same indentation, or to the array's end."""
+    size, head = 0, b""
+    opener = re.compile(rb"\n" + re.escape(window.indent) + rb"(?=[{\[])") if window.indent is not None else None
+    while True:
+        found = opener.search(window.data, window.at + 1) if opener else None
+        if found:
+            cut = found.end() - window.at
+            break
+        if window.size > MAX_ROW:  # let go of what cannot hold the next opener
+            head = head or window.data[window.at : window.at + HEAD]
+            gone = max(window.data.rfind(b"\n") - window.at, 1)
+            size += gone
+            window.cut(gone)
+        if not window.more():
+            rest = window.data[window.at :].rstrip()
+            cut = len(rest) - 1 if len(rest) > 1 and rest.endswith(b"]") else window.size
+            break
+    data = window.cut(cut)
+    problem = TORN if found else f"{TORN}; where the next row begins cannot be told" if not window.broken else window.broken
+    if size:
+        return Element(line, head, f"a row of over {size} bytes that does not close; the most is {MAX_ROW}")
+    return Element(line, data, problem)

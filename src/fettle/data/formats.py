@@ -1,0 +1,282 @@
+"""Rows to samples: what each format's columns mean, and every way in which a row can fail to be one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+
+from fettle.core.errors import FettleError
+from fettle.data.parse import BadRow, kind_of
+
+ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "tool": "tool", "function": "tool",
+    "observation": "tool", "tool_response": "tool", "function_response": "tool", "function_call": "call", "tool_call": "call",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a row says: a conversation, a prompt with its completion, or a text."""
+
+    messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    weights: tuple[float, ...] = ()  # a conversation's: one a message, 0 where it is not learned
+    prompt: str = ""
+    completion: str = ""
+    text: str = ""
+    weight: float = 1.0
+
+    @property
+    def kind(self) -> str:
+        """'chat', 'completion' or 'text'."""
+        return "chat" if self.messages else "completion" if self.completion else "text"
+
+
+def detect(rows: Sequence[dict[str, Any]], where: str) -> str:
+    """The format of a source by its first rows; FettleError where none fits."""
+    for row in rows:
+        if name := _detect(row, where):
+            return name
+    columns = ", ".join(sorted({str(key) for row in rows for key in row})) or "none"
+    raise FettleError(
+        f"{where}: no known format has the columns found ({columns}); say which is meant with format: and template:, "
+        "as in template: '{{ question }} ||| {{ answer }}'"
+    )
+
+
+def _detect(row: dict[str, Any], where: str) -> str | None:
+    if {"chosen", "rejected"} <= row.keys() or isinstance(row.get("label"), bool) and "messages" in row:
+        raise FettleError(
+            f"{where}: the rows hold human preferences (chosen and rejected answers, or labels); to learn from their "
+            "conversations all the same, say format: messages or format: sharegpt"
+        )
+    talk = row.get("messages", row.get("conversations", row.get("conversation")))
+    if isinstance(talk, list) and talk and isinstance(talk[0], dict):
+        return "sharegpt" if "from" in talk[0] else "messages" if "role" in talk[0] else None
+    if "instruction" in row and "output" in row:
+        return "alpaca"
+    if "prompt" in row and ("completion" in row or "response" in row):
+        return "completion"
+    return "text" if "text" in row else None
+
+
+def to_sample(row: dict[str, Any], format: str) -> Sample:
+    """A row of a named format (not 'auto', not 'template') as a sample; BadRow says why it is none."""
+    sample = READERS[format](row)
+    if row.get("weight") is not None:
+        weight = _weight(row["weight"], "weight")
+        sample = replace(sample, weight=weight, weights=tuple(w * weight for w in sample.weights))
+    if sample.messages and not any(sample.weights):
+        raise BadRow("every answer has the weight 0, so nothing would be learned")
+    return sample
+
+
+def _weight(value: Any, key: str) -> float:
+    if isinstance(value, str):  # a CSV cell
+        try:
+            value = float(value)
+        except ValueError:
+            raise BadRow(f"'{key}' is not a number") from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"'{key}' must be a number, found {kind_of(value)}")
+    if not math.isfinite(value) or value < 0:
+        raise BadRow(f"'{key}' must be a finite number, 0 or more, found {value}")
+    return float(value)
+
+
+def _text(row: dict[str, Any], key: str, empty: bool = False) -> str:
+    """The text under a key that must be there; blank ones only where `empty`."""
+    if key not in row:
+        raise BadRow(f"the key '{key}' is missing")
+    value = row[key]
+    if value is None:
+        raise BadRow(f"'{key}' is null")
+    if not isinstance(value, str):
+        raise BadRow(f"'{key}' must be a text, found {kind_of(value)}")
+    if not empty and not value.strip():
+        raise BadRow(f"'{key}' is empty")
+    return value
+
+
+def _maybe(row: dict[str, Any], key: str) -> str:
+    """The text under a key that may be missing, null or blank."""
+    return "" if row.get(key) is None else _text(row, key, empty=True)
+
+
+def _plain(row: dict[str, Any]) -> Sample:
+    return Sample(text=_text(row, "text"))
+
+
+def _completion(row: dict[str, Any]) -> Sample:
+    key = "completion" if "completion" in row else "response" if "response" in row else "completion"
+    prompt, answer = row.get("prompt"), row.get(key)
+    if isinstance(prompt, list) and isinstance(answer, list):
+        turns = [{"role": "user", "content": prompt}] if not prompt else [*prompt, *answer]
+        sample = _conversation(turns, "role", "content", row)
+        n = len(sample.messages) - len(answer)
+        return replace(sample, weights=tuple(0.0 if i < n else w for i, w in enumerate(sample.weights)))
+    return Sample(prompt=_text(row, "prompt", empty=True), completion=_text(row, key))
+
+
+def _alpaca(row: dict[str, Any]) -> Sample:
+    question, more, answer = _text(row, "instruction"), _maybe(row, "input"), _text(row, "output")
+    messages = [{"role": "system", "content": system}] if (system := _maybe(row, "system")).strip() else []
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
+        raise BadRow("'history' must be a list of [question, answer] pairs")
+    for pair in history:
+        turn = {"question": pair[0], "answer": pair[1]}
+        messages.append({"role": "user", "content": _text(turn, "question")})
+        messages.append({"role": "assistant", "content": _text(turn, "answer")})
+    messages.append({"role": "user", "content": f"{question}\n\n{more}" if more.strip() else question})
+    messages.append({"role": "assistant", "content": answer})
+    return chat(messages)
+
+
+def _messages(row: dict[str, Any]) -> Sample:
+    key = next((k for k in ("messages", "conversations", "conversation") if k in row), "messages")
+    return _conversation(_turns(row, key), "role", "content", row)
+
+
+def _sharegpt(row: dict[str, Any]) -> Sample:
+    key = next((k for k in ("conversations", "conversation", "messages") if k in row), "conversations")
+    return _conversation(_turns(row, key), "from", "value", row)
+
+
+def _turns(row: dict[str, Any], key: str) -> list[Any]:
+    if key not in row:
+        raise BadRow(f"the key '{key}' is missing")
+    if not isinstance(row[key], list):
+        raise BadRow(f"'{key}' must be a list of turns, found {kind_of(row[key])}")
+    if not row[key]:
+        raise BadRow(f"'{key}' is empty")
+    return row[key]
+
+
+def _conversation(turns: list[Any], role_key: str, text_key: str, row: dict[str, Any]) -> Sample:
+    messages: list[dict[str, Any]] = []
+    weights: list[float] = []
+    if (system := _maybe(row, "system")).strip():
+        messages.append({"role": "system", "content": system})
+        weights.append(0.0)
+    for number, turn in enumerate(turns, 1):
+        try:
+            message, weight = _message(turn, role_key, text_key)
+        except BadRow as problem:
+            raise BadRow(f"turn {number}: {problem}") from None
+        messages.append(message)
+        weights.append(weight)
+    return chat(messages, _tools(row.get("tools", row.get("functions"))), weights)
+
+
+def _message(turn: Any, role_key: str, text_key: str) -> tuple[dict[str, Any], float]:
+    if not isinstance(turn, dict):
+        raise BadRow(f"expected an object, found {kind_of(turn)}")
+    said = _text(turn, role_key)
+    role = ROLES.get(said)
+    if role is None:
+        raise BadRow(f"unknown role '{said[:40]}'; known: {', '.join(sorted(ROLES))}")
+    if role == "call":
+        return {"role": "assistant", "content": "", "tool_calls": _calls_of_text(_text(turn, text_key))}, 1.0
+    message: dict[str, Any] = {"role": role}
+    if turn.get("tool_calls"):
+        if role != "assistant":
+            raise BadRow(f"'tool_calls' in a turn of the role '{said}'")
+        message["tool_calls"] = _calls(turn["tool_calls"])
+    message["content"] = _content(turn, text_key, empty=role == "tool" or "tool_calls" in message)
+    for key in ("name", "tool_call_id", "reasoning_content"):
+        if isinstance(turn.get(key), str):
+            message[key] = turn[key]
+    if role != "assistant":
+        return message, 0.0
+    return message, 1.0 if turn.get("weight") is None else _weight(turn["weight"], "weight")
+
+
+def _content(turn: dict[str, Any], key: str, empty: bool) -> str:
+    """A turn's text: a text, or a list of parts that are all texts."""
+    value = turn.get(key)
+    if isinstance(value, list):
+        for part in value:
+            if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+                raise BadRow(f"'{key}' holds a part that is not a text")
+        value = "".join(part["text"] for part in value)
+        return _text({key: value}, key, empty)
+    if value is None and empty:
+        return ""
+    return _text(turn, key, empty)
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise BadRow(f"{what} is not valid JSON ({str(error).split(': line')[0]})") from None
+
+
+def _calls_of_text(text: str) -> list[dict[str, Any]]:
+    """ShareGPT's function_call: one call or a list of them, as JSON."""
+    value = _json(text, "the function call")
+    return _calls(value if isinstance(value, list) else [value])
+
+
+def _calls(value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise BadRow(f"'tool_calls' must be a list, found {kind_of(value)}")
+    found = []
+    for call in value:
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
+            raise BadRow("a function call without a name")
+        arguments = inner.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _json(arguments, "the arguments of a function call") if arguments.strip() else {}
+        entry = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
+        if isinstance(call.get("id"), str):
+            entry["id"] = call["id"]
+        found.append(entry)
+    if not found:
+        raise BadRow("'tool_calls' is empty")
+    return found
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    """The tools of a row: a list, or a list as JSON text; each wrapped as templates expect it."""
+    if isinstance(value, str):
+        value = _json(value, "'tools'") if value.strip() else None
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise BadRow("'tools' must be a list of objects")
+    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
+
+
+def chat(messages: list[dict[str, Any]], tools: tuple[dict[str, Any], ...] = (), weights: list[float] | None = None) -> Sample:
+    """A conversation whose order of turns makes sense; BadRow where it does not."""
+    if weights is None:
+        weights = [1.0 if m["role"] == "assistant" else 0.0 for m in messages]
+    body = [m["role"] for m in messages]
+    if "system" in body[1:]:
+        raise BadRow("a system turn after the first turn")
+    talk = body[1:] if body[:1] == ["system"] else body
+    if "assistant" not in talk:
+        raise BadRow("the conversation has no assistant turn")
+    if talk[0] != "user":
+        raise BadRow(f"the conversation begins with the role '{talk[0]}', expected the user")
+    for before, role in zip(talk, talk[1:], strict=False):
+        if role == "tool" and before not in ("assistant", "tool"):
+            raise BadRow("a tool's answer that follows no call")
+        if role == before == "user":
+            raise BadRow("two user turns in a row")
+    if talk[-1] != "assistant":
+        raise BadRow(f"the conversation ends with the role '{talk[-1]}', which nothing answers")
+    return Sample(messages=tuple(messages), tools=tools, weights=tuple(weights))
+
+
+READERS: dict[str, Callable[[dict[str, Any]], Sample]] = {
+    "alpaca": _alpaca, "sharegpt": _sharegpt, "messages": _messages, "completion": _completion, "text": _plain,
+}  # fmt: skip

@@ -1,0 +1,288 @@
+"""Rows of any file, one at a time in bounded memory: every row is a value or a problem, with the line where it begins."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fettle.core.errors import FettleError
+from fettle.core.spec import nearest
+from fettle.data.arrays import elements
+from fettle.data.parse import BadRow, parse_object
+from fettle.data.streams import HEAD, MAX_ROW, PIECE, UTF16, Advance, Broken, Line, compression, lines, pieces
+
+KINDS = {
+    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv",
+    ".txt": "text", ".text": "text", ".md": "text",
+}  # fmt: skip
+BLANK = re.compile(rb"\S[^\S\n]*\r?\n[^\S\n]*\r?\n\s*\S")  # a blank line between two others
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: `value`, or `problem` where there is none. `raw` is what is set aside (its head where it is very long)."""
+
+    where: str  # file:line
+    value: dict[str, Any] | None = None
+    problem: str | None = None
+    raw: str = ""
+
+
+def files(path: str) -> list[Path]:
+    """The files that a path means: itself, what a folder holds at any depth, or what a glob matches; sorted."""
+    root = Path(path).expanduser()
+    if root.is_file():
+        return [root]
+    if root.is_dir():
+        found = [p for p in sorted(root.rglob("*")) if p.is_file() and kind_of_file(p) and not _hidden(p, root)]
+        if not found:
+            raise FettleError(f"{path}: the folder holds no data file; known endings: {', '.join(KINDS)}, also with .gz or .zst")
+        return found
+    found = [p for p in map(Path, sorted(glob.glob(str(root), recursive=True))) if p.is_file()]
+    if not found:
+        beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
+        close = f"; in {root.parent}: {nearest(root.name, beside)}" if beside and len(beside) < 1000 else ""
+        raise FettleError(f"{path}: no such file or folder{close}")
+    return found
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def kind_of_file(path: Path) -> str:
+    """'json', 'parquet', 'csv', 'tsv' or 'text' by the name's ending; '' where it is not known."""
+    name = path.name.lower()
+    for ending in (".gz", ".gzip", ".zst", ".zstd"):
+        name = name.removesuffix(ending)
+    return KINDS.get(Path(name).suffix, "")
+
+
+def read(path: str, documents: str = "auto", advance: Advance | None = None) -> Iterator[Row]:
+    """Every row of a file, folder or glob, in order. `documents` says what a document of plain text is (see DataSpec)."""
+    for file in files(path):
+        yield from read_file(file, documents, advance)
+
+
+def read_file(path: Path, documents: str = "auto", advance: Advance | None = None) -> Iterator[Row]:
+    """Every row of one file, in order."""
+    kind = kind_of_file(path)
+    if not kind:
+        raise FettleError(f"{path}: unknown kind of file '{path.suffix}'; known endings: {', '.join(KINDS)}, also with .gz or .zst")
+    try:
+        if kind == "parquet":
+            yield from _parquet(path)
+            return
+        head = _head(path)
+        if head.startswith(UTF16):
+            raise FettleError(f"{path}: the text is UTF-16; save it as UTF-8")
+        if kind in ("csv", "tsv"):
+            yield from _csv(path, "," if kind == "csv" else "\t", advance)
+        elif kind == "text":
+            yield from _text(path, split_of(head) if documents == "auto" else documents, advance)
+        elif head.lstrip()[:1] == b"[":
+            yield from _array(path, advance)
+        else:
+            yield from _jsonl(path, advance)
+    except OSError as error:
+        raise FettleError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def split_of(head: bytes) -> str:
+    """What a document of plain text is, from its first MiB: a 'block' where a blank line stands in it, else a 'line'."""
+    return "block" if BLANK.search(head) else "line"
+
+
+def head_of(path: Path) -> bytes:
+    """The first MiB of a file, decompressed."""
+    return _head(path)
+
+
+def _head(path: Path) -> bytes:
+    found = b""
+    try:
+        for piece in pieces(path):
+            found += piece
+            if len(found) >= PIECE:
+                break
+    except Broken:
+        pass  # the reader that follows reports it with its line
+    return found
+
+
+def _safely(path: Path, source: Iterator[Line]) -> Iterator[Line | Row]:
+    """Lines, then a problem row where the stream broke."""
+    number = 1
+    try:
+        for line in source:
+            number = line.number
+            yield line
+    except Broken as error:
+        yield Row(f"{path}:{number}", problem=str(error))
+
+
+def _too_long(where: str, data: bytes, size: int) -> Row:
+    return Row(where, problem=f"a row of {size} bytes; the most is {MAX_ROW}", raw=shown(data[:HEAD]))
+
+
+def shown(data: bytes) -> str:
+    """Bytes as text that can always be written: what is not UTF-8 becomes \\xNN."""
+    return data.decode("utf-8", errors="backslashreplace")
+
+
+def _object(where: str, data: bytes) -> Row:
+    try:
+        return Row(where, value=parse_object(data))
+    except BadRow as problem:
+        return Row(where, problem=str(problem), raw=shown(data if len(data) <= PIECE else data[:HEAD]))
+    except RecursionError:
+        return Row(where, problem="nested too deeply", raw=shown(data[:HEAD]))
+
+
+def _jsonl(path: Path, advance: Advance | None) -> Iterator[Row]:
+    for line in _safely(path, lines(pieces(path, advance))):
+        if isinstance(line, Row):
+            yield line
+        elif not line.whole:
+            yield _too_long(f"{path}:{line.number}", line.data, line.size)
+        elif line.data.strip():
+            yield _object(f"{path}:{line.number}", line.data)
+
+
+def _array(path: Path, advance: Advance | None) -> Iterator[Row]:
+    for element in elements(pieces(path, advance)):
+        where = f"{path}:{element.line}"
+        if element.problem:
+            yield Row(where, problem=element.problem, raw=shown(element.data[:HEAD]))
+        else:
+            yield _object(where, element.data)
+
+
+def _text(path: Path, documents: str, advance: Advance | None) -> Iterator[Row]:
+    """One document a line, a block between blank lines, or the file. Blank lines alone are no documents."""
+    block: list[bytes] = []
+    first = size = 0
+    for line in _safely(path, lines(pieces(path, advance))):
+        if isinstance(line, Row):
+            yield from _document(path, first, b"\n".join(block), size)
+            block, size = [], 0
+            yield line
+            continue
+        if documents == "line":
+            if line.data.strip():
+                yield from _document(path, line.number, line.data, line.size)
+            continue
+        if documents == "block" and not line.data.strip():
+            yield from _document(path, first, b"\n".join(block), size)
+            block, size = [], 0
+            continue
+        if not block:
+            first = line.number
+        size += line.size + (1 if block else 0)
+        if size <= MAX_ROW or not block:
+            block.append(line.data)
+    yield from _document(path, first, b"\n".join(block), size)
+
+
+def _document(path: Path, number: int, data: bytes, size: int) -> Iterator[Row]:
+    where = f"{path}:{number}"
+    if size > len(data):
+        yield _too_long(where, data, size)
+        return
+    if not data.strip():
+        return
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        yield Row(where, problem=f"invalid UTF-8 at byte {error.start + 1} of the document", raw=shown(data[:HEAD]))
+        return
+    if "\x00" in text:
+        yield Row(where, problem="the text holds a NUL character", raw=text[:HEAD])
+    else:
+        yield Row(where, value={"text": text})
+
+
+def _csv(path: Path, delimiter: str, advance: Advance | None) -> Iterator[Row]:
+    """Rows of a CSV file with a header. Empty cells are empty texts; every value is a text."""
+    csv.field_size_limit(MAX_ROW)
+    problem: list[Row] = []
+
+    def texts() -> Iterator[str]:
+        for line in _safely(path, lines(pieces(path, advance))):
+            if isinstance(line, Row):
+                problem.append(line)
+            elif line.whole:
+                yield line.data.decode("utf-8", errors="surrogateescape") + "\n"
+            else:
+                problem.append(_too_long(f"{path}:{line.number}", line.data, line.size))
+
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        first = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            yield Row(f"{path}:{first}", problem=f"not valid CSV: {error}")
+            continue
+        if header is None:
+            header = _header(path, cells)
+        elif cells:
+            yield _cells(f"{path}:{first}", header, cells)
+        yield from problem
+        problem.clear()
+    yield from problem
+
+
+def _header(path: Path, cells: list[str]) -> list[str]:
+    twice = {name for name in cells if cells.count(name) > 1}
+    if not cells or "" in cells or twice:
+        what = f"the column '{min(twice)}' stands twice" if twice - {""} else "a column has no name"
+        raise FettleError(f"{path}:1: {what}; the first line of a CSV file must name its columns")
+    return cells
+
+
+def _cells(where: str, header: list[str], cells: list[str]) -> Row:
+    raw = shown(",".join(cells).encode("utf-8", errors="surrogateescape")[:PIECE])
+    if len(cells) != len(header):
+        return Row(where, problem=f"{len(cells)} cells where the header names {len(header)} columns", raw=raw)
+    for name, cell in zip(header, cells, strict=True):
+        if "\x00" in cell:
+            return Row(where, problem=f"the column '{name}' holds a NUL character", raw=raw)
+        if not cell.isascii() and any("\ud800" <= c <= "\udfff" for c in cell):
+            return Row(where, problem=f"invalid UTF-8 in the column '{name}'", raw=raw)
+    return Row(where, value=dict(zip(header, cells, strict=True)))
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    """Rows of a Parquet file; the 'line' is the row's number, from 1."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if compression(path):
+        raise FettleError(f"{path}: a Parquet file inside gzip or zstd; unpack it first (Parquet compresses by itself)")
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for i in range(batch.num_rows):
+                    number += 1
+                    yield _parquet_row(f"{path}:{number}", batch, i)
+    except (pa.ArrowException, OSError) as error:
+        if number == 0:
+            raise FettleError(f"{path}: not a Parquet file, or damaged ({str(error).splitlines()[0]})") from None
+        yield Row(f"{path}:{number + 1}", problem=f"the file is damaged from here on ({str(error).splitlines()[0]})")
+
+
+def _parquet_row(where: str, batch: Any, i: int) -> Row:
+    try:
+        return Row(where, value=batch.slice(i, 1).to_pylist()[0])
+    except (UnicodeDecodeError, ValueError, OverflowError) as error:
+        return Row(where, problem=f"a value that cannot be read ({error})")

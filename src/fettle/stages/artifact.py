@@ -1,0 +1,117 @@
+"""Artifacts: a base by reference, the edits, and the tensors the edits trained; opening replays the edits.
+
+    manifest.json       base {path, revision, hash}, edits, recipe, metrics, and a SHA-256 of every file
+    edits.safetensors   `<index of the edit>/<name of the tensor>`
+    tokenizer.json ...  the tokenizer, with its chat template
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fettle.core.config import validate
+from fettle.core.errors import FettleError
+from fettle.core.families import Edit
+from fettle.core.files import MANIFEST, new_folder, read_json, verify, write_json
+from fettle.core.spec import Spec
+from fettle.models.forest import Forest
+from fettle.models.load import base_hash, folder_of, load
+from fettle.models.spec import ModelSpec
+from fettle.peft import AnyEdit
+
+TENSORS = "edits.safetensors"
+
+
+class Adaptation(Spec):
+    """What an artifact's manifest says of its making: enough to rebuild the model."""
+
+    model: ModelSpec = Field(default_factory=ModelSpec)
+    edits: tuple[AnyEdit, ...] = ()
+
+
+def apply_edits(forest: Forest, edits: Sequence[Edit]) -> Forest:
+    """Freeze the base, then apply the edits in order; what they mark, and nothing else, trains."""
+    forest.model.requires_grad_(False)
+    for edit in edits:
+        edit.apply(forest.model)
+    return forest
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder holds an artifact."""
+    return (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("kind") == "artifact"
+
+
+def save_artifact(folder: Path, forest: Forest, edits: Sequence[Edit], facts: dict[str, Any]) -> None:
+    """Write the artifact into an existing run folder's `artifact`-level files, whole or not at all."""
+    tensors: dict[str, torch.Tensor] = {}
+    for i, edit in enumerate(edits):
+        for name, tensor in edit.tensors(forest.model).items():
+            tensors[f"{i}/{name}"] = tensor.detach().cpu().contiguous().clone()
+    spec = forest.spec
+    hashed = base_hash(folder_of(spec.path, spec.revision)) if spec.config is None else None
+    made = Adaptation(model=spec, edits=tuple(edits)).model_dump(mode="json", exclude_defaults=False)
+    with new_folder(folder) as aside:
+        save_file(tensors, aside / TENSORS)
+        if forest.tokenizer is not None:
+            forest.tokenizer.save_pretrained(aside)
+        write_json(aside / MANIFEST, {"kind": "artifact", "base_hash": hashed, **made, **facts})
+
+
+def open_artifact(folder: Path, **changes: Any) -> tuple[Forest, tuple[Edit, ...]]:
+    """The model of an artifact and its edits; `changes` replace fields of its ModelSpec (device, dtype, attention).
+
+    FettleError where a file is damaged, the base is another one, or the tensors do not fit.
+    """
+    manifest = verify(folder)
+    source = {key: manifest[key] for key in ("model", "edits") if key in manifest}
+    made: Adaptation = validate(Adaptation, source, str(folder / MANIFEST))
+    spec = made.model.model_copy(update=changes)
+    if spec.config is None and manifest.get("base_hash") != (found := base_hash(folder_of(spec.path, spec.revision))):
+        raise FettleError(
+            f"{folder}: was trained on another base than '{spec.path}' is now "
+            f"(hash {str(manifest.get('base_hash'))[:12]}, found {found[:12]}); give the right base in {MANIFEST} or train again"
+        )
+    forest = load(spec)
+    if (folder / "tokenizer.json").is_file():
+        from transformers import AutoTokenizer
+
+        forest.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    apply_edits(forest, made.edits)
+    _fill(forest, made.edits, folder / TENSORS)
+    forest.model.requires_grad_(False)
+    return forest, made.edits
+
+
+def _fill(forest: Forest, edits: Sequence[Edit], file: Path) -> None:
+    with safe_open(file, "pt") as stored, torch.no_grad():
+        keys = set(stored.keys())
+        for i, edit in enumerate(edits):
+            for name, tensor in edit.tensors(forest.model).items():
+                key = f"{i}/{name}"
+                if key not in keys:
+                    raise FettleError(f"{file}: has no tensor '{key}' that edit {i} ({type(edit).__name__}) needs")
+                value = stored.get_tensor(key)
+                if value.shape != tensor.shape:
+                    raise FettleError(f"{file}: '{key}' has shape {tuple(value.shape)}, the model needs {tuple(tensor.shape)}")
+                tensor.copy_(value)
+                keys.discard(key)
+    if keys:
+        raise FettleError(f"{file}: holds '{sorted(keys)[0]}', which no edit asked for")
+
+
+def open_model(ref: str, **changes: Any) -> tuple[Forest, tuple[Edit, ...]]:
+    """An artifact's folder (or the run's folder around it), a model folder, a hub id or 'fettle/tiny'."""
+    for folder in (Path(ref), Path(ref) / "artifact"):
+        if is_artifact(folder):
+            return open_artifact(folder, **changes)
+    if (Path(ref) / "checkpoints").is_dir():
+        raise FettleError(f"{ref}: holds a run that did not end, so no artifact; go on with fettle run --resume")
+    return load(ModelSpec(path=ref).model_copy(update=changes)), ()

@@ -1,0 +1,72 @@
+"""report.md: one page a run, with its picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fettle.core.files import write_bytes
+from fettle.train.log import draw_loss, read_metrics
+
+
+def write_report(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `folder`/report.md and loss.png from a run's facts and its metrics."""
+    rows = read_metrics(folder)
+    draw_loss(rows, folder / "loss.png")
+    write_bytes(folder / "report.md", page(facts, rows).encode())
+
+
+def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The text of the report, in Markdown."""
+    recipe, last = facts["recipe"], facts["last"] or (rows[-1] if rows else {})
+    share = 100 * facts["trained"] / facts["parameters"]
+    useful = sum(r["tokens"] for r in rows)
+    learned = sum(r["learned"] for r in rows)
+    seconds = sum(r["seconds"] for r in rows)
+    skipped = sum("skipped" in r for r in rows)
+    lines = [
+        f"# {Path(recipe['output']).name}",
+        "",
+        "![loss](loss.png)",
+        "",
+        table(
+            ["", ""],
+            [
+                ["base", recipe["model"]["path"] if recipe["model"]["config"] is None else "random weights"],
+                ["edits", ", ".join(e["kind"] for e in recipe["edits"])],
+                ["objective", recipe["objective"]["kind"]],
+                ["trained parameters", f"{facts['trained']:,} of {facts['parameters']:,} ({share:.2f}%)"],
+                ["steps", f"{facts['steps']:,}" + (f", {skipped} skipped (not finite)" if skipped else "")],
+                ["first and last loss", f"{rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}" if rows else "none"],
+                ["useful tokens", f"{useful:,} read, {learned:,.0f} learned"],
+                ["useful tokens/s", f"{useful / max(seconds, 1e-9):,.0f}"],
+                ["peak memory", f"{facts['peak_bytes'] / 2**30:.2f} GiB"],
+                ["time", f"{facts['seconds']:,.0f} s"],
+                ["learning rate at the end", f"{last.get('lr', 0):.3g}"],
+                ["versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())],
+            ],
+        ),
+        "",
+        "## Data",
+        "",
+        _of_dicts(facts["data"]),
+    ]
+    if facts.get("evaluation"):
+        lines += ["", "## Evaluation", "", _of_dicts(facts["evaluation"])]
+    return "\n".join(lines) + "\n"
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
+    cells = [[str(c).replace("|", "\\|") for c in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *cells])
+
+
+def _of_dicts(rows: list[dict[str, Any]]) -> str:
+    plain = [{k: v for k, v in row.items() if not isinstance(v, (dict, list))} for row in rows]
+    heads = list(dict.fromkeys(k for row in plain for k in row))
+    return table(heads, [[_short(row.get(h, "")) for h in heads] for row in plain])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,123 @@
+"""What a run leaves to look at: metrics.jsonl, TensorBoard events, a progress bar, loss.png."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, one an optimizer step; a torn last line is left out."""
+    path = folder / METRICS
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            rows.append(orjson.loads(line))
+        except orjson.JSONDecodeError:
+            break
+    return rows
+
+
+class Log:
+    """Writes a row a step, from `start` on; rows of steps that are run again are dropped first."""
+
+    def __init__(self, folder: Path, start: int, quiet: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(folder) if row["step"] <= start]
+        self._file = open(folder / METRICS, "wb")  # noqa: SIM115 (closed in close)
+        for row in kept:
+            self._file.write(orjson.dumps(row) + b"\n")
+        self._board = _tensorboard(folder, start)
+        self._console = Console(stderr=True, quiet=quiet)
+
+    def row(self, values: dict[str, Any]) -> None:
+        """One step's figures."""
+        self._file.write(orjson.dumps(values) + b"\n")
+        self._file.flush()
+        if self._board is not None:
+            for key, value in values.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(key, value, values["step"])
+
+    def say(self, sentence: str) -> None:
+        """A line above the progress bar."""
+        self._console.print(sentence, highlight=False)
+
+    @contextmanager
+    def progress(self, start: int, steps: int) -> Iterator[Any]:
+        """A progress bar; call what it gives with (step, text)."""
+        columns = (
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True),
+        )  # fmt: skip
+        with Progress(*columns, console=self._console) as bar:
+            task = bar.add_task("tune", total=steps, completed=start, text="")
+            yield lambda step, text: bar.update(task, completed=step, text=text)
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, start: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None  # the extra 'tensorboard' is not installed; metrics.jsonl has the same figures
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+
+class Rate:
+    """Useful tokens a second, over the last few steps."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, int]] = [(time.perf_counter(), 0)]
+
+    def add(self, tokens: int) -> float:
+        """Count tokens; returns the rate now."""
+        self._marks.append((time.perf_counter(), self._marks[-1][1] + tokens))
+        del self._marks[:-20]
+        (t0, n0), (t1, n1) = self._marks[0], self._marks[-1]
+        return (n1 - n0) / max(t1 - t0, 1e-9)
+
+
+def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss by step with a running mean, the learning rate beneath."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    steps = np.array([r["step"] for r in rows])
+    loss = np.array([r["loss"] if r.get("loss") is not None else np.nan for r in rows], dtype=float)
+    width = max(1, len(loss) // 30)
+    sums, counts = np.cumsum(np.nan_to_num(loss)), np.cumsum(np.isfinite(loss))
+    mean = (sums - np.concatenate([np.zeros(width), sums[:-width]])) / np.maximum(
+        counts - np.concatenate([np.zeros(width), counts[:-width]]), 1
+    )
+    figure, (top, low) = plt.subplots(2, 1, figsize=(7, 4.6), sharex=True, height_ratios=[4, 1], layout="constrained")
+    top.plot(steps, loss, color="#b9c7d6", lw=0.9, label="each step")
+    top.plot(steps, mean, color="#1f4e79", lw=1.8, label=f"mean of {width} steps")
+    top.set_ylabel("loss (nats a token)")
+    top.legend(frameon=False)
+    low.plot(steps, [r["lr"] for r in rows], color="#a0522d", lw=1.2)
+    low.set_ylabel("learning rate")
+    low.set_xlabel("optimizer step")
+    low.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axis in (top, low):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,218 @@
+"""The one loop. Every optimizer step is a pure function of the state before it and of its index.
+
+    for each step:  sum the objective over the step's batches, backward on each sum
+                    divide the gradient by the step's whole count   (so accumulation and sharding change nothing)
+                    clip, update the masters, publish them to the weights
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import orjson
+import torch
+
+from fettle.core.batch import Batch
+from fettle.core.errors import FettleError
+from fettle.core.families import Objective
+from fettle.train import checkpoint
+from fettle.train.checkpoint import CheckpointSpec
+from fettle.train.log import Log, Rate
+from fettle.train.optim import Masters, OptimSpec, build, norm
+from fettle.train.parallel import World
+
+
+class Batches(Protocol):
+    """Where batches come from: a pure function of their index."""
+
+    def batch(self, index: int) -> Batch:
+        """The batch at `index` of an endless sequence."""
+        ...
+
+
+class Stopped(Exception):
+    """A signal ended the run; its state is saved. `code` is the exit code (128 + the signal's number)."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the loop needs."""
+
+    model: Any  # a fettle.models.forest.Forest whose trainable weights require gradients
+    objective: Objective
+    batches: Batches
+    optim: OptimSpec
+    steps: int
+    folder: Path
+    seed: int = 0
+    checkpoints: CheckpointSpec = field(default_factory=CheckpointSpec)
+    not_finite: Literal["stop", "skip"] = "stop"
+    recipe: dict[str, Any] = field(default_factory=dict)  # what a checkpoint must agree with
+    resume: bool = False
+
+
+def fit(job: Job) -> dict[str, float]:
+    """Train to the end; returns the figures of the last step. Stopped where a signal ended it early."""
+    world = World.join(job.optim.accumulate)
+    job.model.model.train()
+    masters = Masters((n, p) for n, p in job.model.model.named_parameters() if p.requires_grad)
+    if not masters.weights:
+        raise FettleError("edits: nothing trains; add an edit such as {kind: lora} or {kind: full}")
+    optimizer = build(job.optim, masters)
+    start, said = _begin(job, masters, optimizer, world)
+    log = Log(job.folder if world.first else job.folder / f"rank{world.rank}", start, quiet=not world.first)
+    for sentence in said:
+        log.say(sentence)
+    last: dict[str, float] = {}
+    rate = Rate()
+    try:
+        with log.progress(start, job.steps) as show, _signals() as caught:
+            for step in range(start, job.steps):
+                last = run_step(job, step, masters, optimizer, world)
+                last["tokens_per_second"] = rate.add(int(last["tokens"]))
+                log.row(last)
+                show(step + 1, _line(last))
+                ended = bool(caught)
+                if (step + 1) % job.checkpoints.every == 0 or step + 1 == job.steps or ended:
+                    _save(job, step + 1, masters, optimizer, world)
+                if ended and step + 1 < job.steps:
+                    name = signal.Signals(caught[0]).name
+                    raise Stopped(128 + caught[0], f"{name}: stopped after step {step + 1}; saved; go on with --resume")
+    finally:
+        masters.close()
+        log.close()
+        job.model.model.eval()
+    return last
+
+
+def run_step(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
+    """One optimizer step: its figures. FettleError (policy 'stop') where loss or gradient is not finite."""
+    began = time.perf_counter()
+    device = job.model.device
+    sums: dict[str, torch.Tensor] = {}
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = torch.zeros((), dtype=torch.float64, device=device)
+    names: list[str] = []
+    masters.zero()
+    for i in range(world.rank, job.optim.accumulate, world.size):
+        index = step * job.optim.accumulate + i
+        batch = job.batches.batch(index)
+        seed_all(job.seed, index)
+        loss = job.objective(job.model, batch)
+        loss.sum.backward()
+        count += loss.count
+        tokens += batch.useful
+        names += [n for n in batch.names if n]
+        for key, value in loss.metrics.items():
+            sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64, device=device)) + value
+    gradients = masters.gradients()
+    world.sum([*gradients, *sums.values(), count, tokens])
+    if not gradients:
+        raise FettleError(f"step {step + 1}: no weight received a gradient; the edits train nothing that the objective reaches")
+    torch._foreach_mul_(gradients, 1.0 / max(count.item(), 1e-12))
+    size = norm(gradients).item()
+    lr = job.optim.lr_at(step, job.steps)
+    row: dict[str, Any] = {"step": step + 1, **{k: (v / count).item() for k, v in sums.items()}}
+    finite = math.isfinite(size) and all(math.isfinite(row[k]) for k in sums)
+    if finite:
+        if job.optim.clip is not None and size > job.optim.clip:
+            torch._foreach_mul_(gradients, job.optim.clip / size)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        masters.publish()
+    elif job.not_finite == "stop":
+        raise FettleError(_not_finite(step, row, size, names) + "; the weights are those of the step before")
+    else:
+        row["skipped"] = sorted(set(names))
+    masters.zero()
+    row |= {"lr": lr, "grad_norm": size, "learned": count.item(), "tokens": int(tokens.item())}
+    row["seconds"] = time.perf_counter() - began
+    return row
+
+
+def seed_all(seed: int, index: int) -> None:
+    """Seed Python's, numpy's and torch's generators for one batch: its randomness has no history to restore."""
+    mixed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def _begin(job: Job, masters: Masters, optimizer: torch.optim.Optimizer, world: World) -> tuple[int, list[str]]:
+    folder = job.folder / "checkpoints"
+    if world.first and folder.exists():
+        checkpoint.sweep(folder)
+    world.wait()
+    if not job.resume or not folder.exists():
+        return 0, []
+    found = checkpoint.newest(folder)
+    if found is None:
+        return 0, [f"{folder}: no checkpoint there; starting from step 1"]
+    facts, tensors, problems = found
+    if facts["recipe"] != fingerprint(job.recipe):
+        raise FettleError(
+            f"{folder}: was written by another recipe; resume with the recipe of that run, or start afresh in another output"
+        )
+    checkpoint.unpack_state(tensors, masters, optimizer)
+    return facts["step"], [*problems, f"resuming after step {facts['step']}"]
+
+
+def _save(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optimizer, world: World) -> None:
+    if world.first:
+        facts = {"recipe": fingerprint(job.recipe), "steps": job.steps}
+        checkpoint.save(job.folder / "checkpoints", step, checkpoint.pack_state(masters, optimizer), facts, job.checkpoints.keep)
+    world.wait()
+
+
+def fingerprint(recipe: dict[str, Any]) -> str:
+    """A short hash of the parts of a recipe that decide a training run."""
+    return hashlib.sha256(orjson.dumps(recipe, option=orjson.OPT_SORT_KEYS, default=str)).hexdigest()[:16]
+
+
+def _not_finite(step: int, row: dict[str, Any], size: float, names: list[str]) -> str:
+    shown = ", ".join(sorted(set(names))[:20]) + (", ..." if len(set(names)) > 20 else "")
+    return f"step {step + 1}: loss {row.get('loss')} and gradient norm {size} are not both finite; examples of the step: {shown}"
+
+
+def _line(row: dict[str, Any]) -> str:
+    from fettle.models.memory import resident
+
+    loss = row.get("loss")
+    return f"loss {loss:.3f}  {row['tokens_per_second']:,.0f} tok/s  {resident() / 2**30:.1f} GiB" if loss is not None else ""
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying of them; a second one ends the process at once."""
+    caught: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    try:
+        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: the caller owns the signals
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
