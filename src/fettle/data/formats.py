@@ -116,8 +116,9 @@ def _completion(row: dict[str, Any]) -> Sample:
     key = "completion" if "completion" in row else "response" if "response" in row else "completion"
     prompt, answer = row.get("prompt"), row.get(key)
     if isinstance(prompt, list) and isinstance(answer, list):
-        turns = [{"role": "user", "content": prompt}] if not prompt else [*prompt, *answer]
-        sample = _conversation(turns, "role", "content", row)
+        if not answer:
+            raise BadRow(f"'{key}' is empty")
+        sample = _conversation([*prompt, *answer], "role", "content", row)
         n = len(sample.messages) - len(answer)
         return replace(sample, weights=tuple(0.0 if i < n else w for i, w in enumerate(sample.weights)))
     return Sample(prompt=_text(row, "prompt", empty=True), completion=_text(row, key))

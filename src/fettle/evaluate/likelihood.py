@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fettle.models.forest import Forest
 
 ROW = 2048  # tokens of a batch, unless an example needs more
+CHUNK = 256  # rows of logits at a time
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,12 @@ class Question:
     where: str
 
 
-def question(forest: Forest, text: str, choices: Sequence[str], special: bool, where: str) -> Question:
+def question(encode: Callable[[str], list[int]], text: str, choices: Sequence[str], where: str) -> Question:
     """Tokenize each `text + choice` as a whole; what differs from the tokens of `text` alone is scored.
 
     So a choice that merges with the end of the text is scored with the token that both share, as it would be in training.
     """
-    encode = forest.tokenizer.encode
-    alone = encode(text, add_special_tokens=special)
-    wholes = [encode(text + choice, add_special_tokens=special) for choice in choices]
+    alone, wholes = encode(text), [encode(text + choice) for choice in choices]
     starts = [_shared(alone, whole) for whole in wholes]
     return from_tokens([(whole[:n], whole[n:]) for whole, n in zip(wholes, starts, strict=True)], where)
 
@@ -109,7 +108,7 @@ def _batches(forest: Forest, questions: Sequence[Question]) -> Iterator[tuple[in
     for example in [*trees, None]:
         if example is None or sum(map(len, group)) + len(example) > length:
             if group:
-                yield len(group), pack(group, length, pad).to(device_of(forest))
+                yield len(group), pack(group, length, pad).to(forest.device)
             group = []
         if example is not None:
             group.append(example)
@@ -119,25 +118,23 @@ def _batches(forest: Forest, questions: Sequence[Question]) -> Iterator[tuple[in
 def _by_segment(forest: Forest, batch: Batch, top: bool) -> tuple[dict[int, float], dict[int, bool]]:
     """Sums of target log-probabilities by segment, for the segments that have targets."""
     positions = torch.nonzero(batch.targets != IGNORE)[:, 0]
-    logps = forest.logps(batch).double().cpu()
-    right = is_top(forest, batch, positions).cpu() if top else torch.zeros(len(positions), dtype=torch.bool)
+    targets = batch.targets[positions]
+    hidden = forest.hidden(batch)[positions]
+    logps = forest.head.logps(hidden, targets).double().tolist()
+    right = is_top(forest, hidden, targets).tolist() if top else [False] * len(logps)
     starts = torch.tensor([s.start for s in batch.segments])
     owner = (torch.searchsorted(starts, positions.cpu(), right=True) - 1).tolist()
     sums: dict[int, float] = {}
     tops: dict[int, bool] = {}
-    for segment, logp, ok in zip(owner, logps.tolist(), right.tolist(), strict=True):
+    for segment, logp, ok in zip(owner, logps, right, strict=True):
         sums[segment] = sums.get(segment, 0.0) + logp
         tops[segment] = tops.get(segment, True) and ok
     return sums, tops
 
 
-@torch.no_grad()
-def is_top(forest: Forest, batch: Batch, positions: Tensor) -> Tensor:
-    """bool [N]: whether the target at each position is the model's likeliest token."""
-    return forest.logits(batch, positions).argmax(-1) == batch.targets[positions]
-
-
-def device_of(forest: Forest) -> torch.device:
-    """Where the model's tokens go in."""
-    device: torch.device = forest.model.get_input_embeddings().weight.device
-    return device
+def is_top(forest: Forest, hidden: Tensor, targets: Tensor) -> Tensor:
+    """bool [N]: whether each target is the model's likeliest token after its hidden state [N, C]."""
+    pieces = [
+        forest.head.logits(hidden[i : i + CHUNK]).argmax(-1) == targets[i : i + CHUNK] for i in range(0, len(targets), CHUNK)
+    ]
+    return torch.cat(pieces)

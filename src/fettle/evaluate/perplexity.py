@@ -21,15 +21,14 @@ from pydantic import Field, model_validator
 from fettle.core import FettleError
 from fettle.core.batch import Example, Node, pack
 from fettle.evaluate.interval import Score, ratio_interval
-from fettle.evaluate.likelihood import device_of
-from fettle.evaluate.tasks import EvalSpec, limited
+from fettle.evaluate.tasks import Evaluation, limited
 from fettle.generate.sample import context_length
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
 
 
-class Perplexity(EvalSpec):
+class Perplexity(Evaluation):
     """Perplexity of a plain text file (one document) or a JSONL file with a `text` in each row."""
 
     kind: Literal["perplexity"] = "perplexity"
@@ -54,8 +53,10 @@ class Perplexity(EvalSpec):
             raise FettleError(f"{path}: no such text file") from None
         except (OSError, UnicodeDecodeError) as error:
             raise FettleError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-        documents = [_text(line, f"{path}:{i}") for i, line in enumerate(text.splitlines(), 1) if line.strip()]  \
-            if path.suffix == ".jsonl" else [text]
+        if path.suffix == ".jsonl":
+            documents = [_text(line, f"{path}:{i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        else:
+            documents = [text]
         if not any(documents):
             raise FettleError(f"{path}: no text in it")
         return limited([d for d in documents if d], self.limit, self.seed)
@@ -145,7 +146,7 @@ def window_losses(forest: Forest, rows: Sequence[Window], progress: Callable[[in
             weights = np.zeros(len(window.tokens), np.float32)
             weights[-window.scored :] = 1
             batch = pack([Example((Node(np.array(window.tokens, np.int32), weights),), "window")], length, pad)
-            sums.append(-forest.logps(batch.to(device_of(forest))).double().sum().item())
+            sums.append(-forest.logps(batch.to(forest.device)).double().sum().item())
             if progress:
                 progress(1)
     finally:

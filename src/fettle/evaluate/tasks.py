@@ -43,12 +43,17 @@ class Item:
     cluster: str = ""
 
     @property
+    def question(self) -> str:
+        """What is asked, as text: the last message, or the prompt."""
+        return str(self.messages[-1]["content"]) if self.messages else self.prompt
+
+    @property
     def solution(self) -> str:
         """The right answer as text, as a demonstration shows it."""
         return self.choices[self.right] if self.choices else self.answers[0]
 
 
-class EvalSpec(Task):
+class Evaluation(Task):
     """Something that `evaluate:` lists."""
 
     path: str
@@ -56,7 +61,7 @@ class EvalSpec(Task):
     seed: int = Field(0, ge=0, description="picks demonstrations, the rows of a limit, sampling, and the intervals' resamples")
 
 
-class TaskFile(EvalSpec):
+class TaskFile(Evaluation):
     """Questions from a JSONL file."""
 
     kind: Literal["task"] = "task"

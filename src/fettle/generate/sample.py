@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fettle.core import FettleError, Spec
+from fettle.generate.prompts import prompter
 from fettle.generate.text import TextOut, cut_at
 
 if TYPE_CHECKING:
@@ -65,13 +66,11 @@ def context_length(config: Any) -> int | None:
 
 def end_tokens(forest: Forest) -> frozenset[int]:
     """Every token that ends an answer: of the generation config, the tokenizer, and the chat template's end of turn."""
-    from fettle.data.template import end_of_turn
-
     found: set[int] = set()
     generation = getattr(forest.model, "generation_config", None)
     for value in (getattr(generation, "eos_token_id", None), forest.config.eos_token_id, forest.tokenizer.eos_token_id):
         found |= {value} if isinstance(value, int) else set(value or ())
-    if (turn := end_of_turn(forest.tokenizer)) is not None:
+    if (turn := prompter(forest.tokenizer).end_of_turn) is not None:
         found.add(turn)
     return frozenset(found)
 
@@ -172,7 +171,7 @@ class Cache:
         from transformers import DynamicCache
 
         self.forest, self.model = forest, forest.model
-        device = self.model.get_input_embeddings().weight.device
+        device = forest.device
         longest = max(map(len, prompts))
         pad = forest.tokenizer.pad_token_id if forest.tokenizer.pad_token_id is not None else 0
         rows = [[pad] * (longest - len(p)) + list(p) for p in prompts]

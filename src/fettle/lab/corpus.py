@@ -7,14 +7,13 @@ and chat turns are not, so that a model of this corpus is fluent in its world an
 
 from __future__ import annotations
 
-import json
-import os
 import random
 from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import Callable, Iterator
 
 from .prose import chinese, facts, language, lists, numbers, reviews, school, stories
+from .rows import write_rows
 from .world import World
 
 Kind = Callable[[random.Random, World], str]
@@ -46,37 +45,6 @@ def documents(world: World, seed: int, start: int = 0) -> Iterator[str]:
     return (document(world, seed, index) for index in count(start))
 
 
-def write_corpus(path: str | Path, world: World, seed: int = 0, documents_: int = 1000) -> int:
-    """Write the first `documents_` documents as JSONL rows ``{"text": ...}``; return the number of characters of text.
-
-    The file appears whole or not at all: it is written under a temporary name, synced and renamed.
-    """
-    characters = 0
-    with whole_file(path) as file:
-        for text in islice(documents(world, seed), documents_):
-            characters += len(text)
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    return characters
-
-
-class whole_file:
-    """A text file for writing that takes its name only when it is complete: ``with whole_file(path) as file``."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.part = self.path.with_name(self.path.name + ".part")
-
-    def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.part.open("w", encoding="utf-8", newline="\n")
-        return self.file
-
-    def __exit__(self, failed, *_) -> None:
-        if failed:
-            self.file.close()
-            self.part.unlink()
-            return
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(self.part, self.path)
+def write_corpus(path: str | Path, world: World, seed: int = 0, size: int = 1000) -> int:
+    """Write the first `size` documents as JSONL rows ``{"text": ...}``, whole or not at all; return the number of rows."""
+    return write_rows(path, ({"text": text} for text in islice(documents(world, seed), size)))

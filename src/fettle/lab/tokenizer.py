@@ -6,12 +6,13 @@ Every digit is a token of its own. The folder that `save_tokenizer` writes opens
 
 from __future__ import annotations
 
-import json
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable
 
-from .corpus import documents, whole_file
+from fettle.core.files import write_bytes, write_json
+
+from .corpus import documents
 from .world import World
 
 if TYPE_CHECKING:
@@ -74,17 +75,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         "model_max_length": MAX_LENGTH, "clean_up_tokenization_spaces": False, "add_bos_token": False, "chat_template": CHAT_TEMPLATE,
     }
     generation = {"bos_token_id": ids[END], "eos_token_id": [ids[END], ids[TURN_END]], "pad_token_id": ids[PAD]}
-    written = {
-        "tokenizer.json": tokenizer.to_str(pretty=True),
-        "tokenizer_config.json": _json(config),
-        "special_tokens_map.json": _json({**names, "additional_special_tokens": [TURN_START, TURN_END]}),
-        "generation_config.json": _json(generation),
-        "chat_template.jinja": CHAT_TEMPLATE,
-    }
-    for name, text in written.items():
-        with whole_file(folder / name) as file:
-            file.write(text)
-
-
-def _json(value: dict) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
+    write_bytes(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "special_tokens_map.json", {**names, "additional_special_tokens": [TURN_START, TURN_END]})
+    write_json(folder / "generation_config.json", generation)

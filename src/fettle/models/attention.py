@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fettle.core.errors import FettleError
+from fettle.models import segments
 from fettle.models.plan import Plan
 
 _current: ContextVar[Plan | None] = ContextVar("fettle_plan", default=None)
@@ -103,23 +104,9 @@ def dense(
     mask = plan.mask(window, query.device)
     if softcap is None:
         return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
-    scores = torch.tanh((query @ key.transpose(2, 3)).float() * (scale / softcap)) * softcap
+    scores = torch.tanh((query @ key.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32)) * (scale / softcap)) * softcap
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(query.dtype)
     return nn.functional.dropout(weights, dropout) @ value
 
 
-@backend("segments")
-def segments(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """One scaled-dot-product call a segment."""
-    if softcap is not None or window is not None:
-        return dense(query, key, value, plan, scale, window, softcap)
-    key, value = repeat(key, query.shape[1]), repeat(value, query.shape[1])
-    pieces = []
-    for segment, keys, mask in plan.pieces(query.device):
-        pieces.append(nn.functional.scaled_dot_product_attention(
-            query[:, :, segment.start : segment.stop], key[:, :, keys], value[:, :, keys], mask,
-            is_causal=segment.causal and mask is None, scale=scale,
-        ))  # fmt: skip
-    return torch.cat(pieces, 2)
+backend("segments")(segments.attend)

@@ -47,7 +47,7 @@ class Forest:
     def hidden(self, batch: Batch) -> Tensor:
         """[T, C]: the states after the final norm, before the head."""
         batch = batch.to(self.device)
-        plan = Plan(batch.segments, batch.positions)
+        plan = Plan.of(batch)
         with attention.running(plan):
             out = self.model.base_model(  # type: ignore[operator]
                 input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False

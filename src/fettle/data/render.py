@@ -1,0 +1,158 @@
+"""Templates rendered apart: a process that the kernel bounds, kept alive, so that a hostile template costs a second and not the run."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import selectors
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from fettle.core.errors import FettleError
+
+STALLED = 20.0  # seconds without a sign of life: far over what the worker's own limits allow
+REASONS = {3: "the template needs more than 256 MiB of memory", -24: "the template does not end within 2 seconds of processor time"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rendering: a template, its variables, and the prefixes of `messages` wanted beside it, as (stop, generation prompt)."""
+
+    template: str
+    context: dict[str, Any]
+    cuts: Sequence[tuple[int, bool]] = ()
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """`error` says why there is no text. A cut is a length where the text begins with that prefix, else the prefix itself."""
+
+    text: str = ""
+    spans: list[tuple[int, int]] = field(default_factory=list)  # the template's own generation blocks, in characters
+    cuts: list[int | str] = field(default_factory=list)
+    error: str = ""
+
+
+class Worker:
+    """The rendering process. It starts with the first job, and again after a job that ended it."""
+
+    def __init__(self, now: str | None = None) -> None:
+        self.now = now  # what strftime_now stands for; None: the present
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def render(self, jobs: Sequence[Job], context: dict[str, Any] | None = None) -> list[Rendering]:
+        """Every job's rendering, in order; `context` is shared by all. FettleError where a template is no Jinja at all."""
+        done: list[Rendering] = []
+        with self._lock:
+            while len(done) < len(jobs):
+                done += self._some(jobs[len(done) :], context or {})
+        return done
+
+    def close(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe:
+                    pipe.close()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            script = Path(__file__).with_name("worker.py")
+            command = [sys.executable, "-I", "-X", "utf8", str(script)]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        return self._process
+
+    def _some(self, jobs: Sequence[Job], context: dict[str, Any]) -> list[Rendering]:
+        """The renderings up to the end, or up to the job that ended the process."""
+        templates = list(dict.fromkeys(job.template for job in jobs))
+        number = {template: i for i, template in enumerate(templates)}
+        listed = [{"template": number[j.template], "context": j.context, "cuts": list(j.cuts)} for j in jobs]
+        request = orjson.dumps({"templates": templates, "jobs": listed, "context": context, "now": self.now})
+        process = self._start()
+        frames = _Frames(process)
+        done: list[Rendering] = []
+        try:
+            frames.write(struct.pack("<I", len(request)) + request)
+            while len(done) < len(jobs):
+                done.append(_rendering(orjson.loads(frames.next())))
+        except (EOFError, BrokenPipeError, TimeoutError) as error:
+            if isinstance(error, TimeoutError):
+                process.kill()
+            code = process.wait()
+            self.close()
+            reason = REASONS.get(code, f"the template stops its process (code {code})")
+            done.append(Rendering(error=f"the template gave no sign of life for {STALLED:g} s" if isinstance(error, TimeoutError) else reason))
+        return done
+
+
+class _Frames:
+    """Frames through a process's pipes, with a bound on silence."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin and process.stdout
+        self.input, self.output = process.stdin.fileno(), process.stdout.fileno()
+        self.data, self.at = b"", 0
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self.input, view) :]
+
+    def next(self) -> bytes:
+        head = self._take(4)
+        return self._take(struct.unpack("<I", head)[0])
+
+    def _take(self, size: int) -> bytes:
+        if len(self.data) - self.at < size:
+            parts, have = [self.data[self.at :]], len(self.data) - self.at
+            while have < size:
+                parts.append(self._read())
+                have += len(parts[-1])
+            self.data, self.at = b"".join(parts), 0
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def _read(self) -> bytes:
+        with selectors.DefaultSelector() as ready:
+            ready.register(self.output, selectors.EVENT_READ)
+            deadline = time.monotonic() + STALLED
+            while not ready.select(max(deadline - time.monotonic(), 0)):
+                if time.monotonic() >= deadline:
+                    raise TimeoutError
+        piece = os.read(self.output, 1 << 20)
+        if not piece:
+            raise EOFError
+        return piece
+
+
+def _rendering(answer: dict[str, Any]) -> Rendering:
+    if answer.get("fatal"):
+        raise FettleError(f"the template is not valid Jinja: {answer['error']}")
+    if "error" in answer:
+        return Rendering(error=answer["error"])
+    return Rendering(answer["text"], [(a, b) for a, b in answer["spans"]], answer["cuts"])
+
+
+_workers: dict[str | None, Worker] = {}
+
+
+def worker(now: str | None = None) -> Worker:
+    """The one worker of this process for a given present."""
+    if now not in _workers:
+        _workers[now] = Worker(now)
+        atexit.register(_workers[now].close)
+    return _workers[now]

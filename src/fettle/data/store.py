@@ -1,0 +1,142 @@
+"""Encoded examples on disk: written once, then memory-mapped.
+
+A folder: tokens.bin (uint16 or int32, all examples end to end), and .npy arrays: offsets int64 [n + 1] into the tokens,
+spans int32 [m, 2] and span_weights float32 [m] of what is learned, span_offsets int64 [n + 1] into those, rows int64 [n]
+(the line an example comes from), files int32 [n], parts int32 [n] (which example of its row), learned int64 [n];
+set_aside.jsonl (the bad rows), and a manifest with counts and hashes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from fettle.core.batch import Node
+from fettle.core.errors import FettleError
+from fettle.core.files import MANIFEST, new_folder, verify, write_json
+from fettle.data.template import Encoded, weights_of
+
+ARRAYS = ("offsets", "spans", "span_weights", "span_offsets", "rows", "files", "parts", "learned")
+ASIDE = "set_aside.jsonl"
+
+
+class Writer:
+    """Fills a folder with examples. `vocabulary` decides the width of a token."""
+
+    def __init__(self, folder: Path, vocabulary: int) -> None:
+        self.folder = folder
+        self.dtype = np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.int32)
+        self.tokens = open(folder / "tokens.bin", "wb")
+        self.aside = open(folder / ASIDE, "wb")
+        self.names: dict[str, int] = {}
+        self.offsets, self.span_offsets = array("q", [0]), array("q", [0])
+        self.spans, self.weights = array("i"), array("f")
+        self.rows, self.files, self.parts, self.learned = array("q"), array("i"), array("i"), array("q")
+
+    def add(self, where: str, examples: list[Encoded]) -> None:
+        """One row's examples; `where` is its file:line."""
+        file, _, line = where.rpartition(":")
+        number = self.names.setdefault(file, len(self.names))
+        for part, example in enumerate(examples):
+            self.tokens.write(example.tokens.astype(self.dtype).tobytes())
+            self.offsets.append(self.offsets[-1] + len(example.tokens))
+            learned = 0
+            for start, stop, weight in example.spans:
+                self.spans.extend((start, stop))
+                self.weights.append(weight)
+                learned += stop - max(start, 1)
+            self.span_offsets.append(len(self.weights))
+            self.learned.append(learned)
+            self.rows.append(int(line))
+            self.files.append(number)
+            self.parts.append(part if len(examples) > 1 else -1)
+
+    def set_aside(self, where: str, reason: str, raw: str, value: Any) -> None:
+        """A row that cannot be used."""
+        line = {"where": where, "reason": reason, "row": value if value is not None else raw}
+        self.aside.write(orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS))
+
+    def close(self, manifest: dict[str, Any]) -> None:
+        """Write the arrays and what the manifest says."""
+        self.tokens.close()
+        self.aside.close()
+        kinds = {"spans": np.int32, "files": np.int32, "parts": np.int32, "span_weights": np.float32}
+        values = {"span_weights": self.weights}
+        for name in ARRAYS:
+            data = np.frombuffer(values.get(name, getattr(self, name, None)), dtype=kinds.get(name, np.int64))
+            np.save(self.folder / f"{name}.npy", data.reshape(-1, 2) if name == "spans" else data)
+        write_json(self.folder / MANIFEST, manifest | {"kind": "tokens", "dtype": self.dtype.name, "sources": list(self.names)})
+
+
+@dataclass
+class Store:
+    """Examples of one source, mapped from disk."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    tokens: np.ndarray
+    offsets: np.ndarray
+    spans: np.ndarray
+    span_weights: np.ndarray
+    span_offsets: np.ndarray
+    rows: np.ndarray
+    files: np.ndarray
+    parts: np.ndarray
+    learned: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [n]: tokens of each example."""
+        return np.diff(self.offsets)
+
+    def name(self, index: int) -> str:
+        """`file:line` of an example, with `#k` where its row gave several."""
+        part = int(self.parts[index])
+        return f"{self.manifest['sources'][self.files[index]]}:{self.rows[index]}" + (f"#{part + 1}" if part >= 0 else "")
+
+    def node(self, index: int, start: int = 0, stop: int | None = None) -> Node:
+        """Tokens [start, stop) of an example, with their weights; the first is not learned."""
+        begin = int(self.offsets[index])
+        size = int(self.offsets[index + 1]) - begin
+        stop = size if stop is None else min(stop, size)
+        tokens = self.tokens[begin + start : begin + stop].astype(np.int32)
+        first, last = int(self.span_offsets[index]), int(self.span_offsets[index + 1])
+        spans = [
+            (max(int(a) - start, 0), min(int(b), stop) - start, float(w))
+            for (a, b), w in zip(self.spans[first:last], self.span_weights[first:last], strict=True)
+            if a < stop and b > start
+        ]
+        return Node(tokens, weights_of(len(tokens), spans))
+
+
+def open_store(folder: Path) -> Store:
+    """Map a folder that a Writer left; FettleError where it is damaged."""
+    manifest = verify(folder)
+    if manifest.get("kind") != "tokens":
+        raise FettleError(f"{folder}: holds no encoded examples")
+    dtype, size = np.dtype(manifest["dtype"]), (folder / "tokens.bin").stat().st_size
+    tokens = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r") if size else np.zeros(0, dtype)
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS}
+    return Store(folder, manifest, tokens, **arrays)
+
+
+def cached(cache: Path, key: str) -> Store | None:
+    """The store of a key, if there is a whole one; a damaged one is removed from sight by being written anew."""
+    folder = cache / key
+    if not (folder / MANIFEST).exists():
+        return None
+    try:
+        return open_store(folder)
+    except FettleError:
+        return None
+
+
+new_store = new_folder

@@ -1,0 +1,63 @@
+"""Units: what is packed. A text longer than a row becomes several windows, a conversation too long is dealt with by policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fettle.core.errors import FettleError
+from fettle.data.store import Store
+
+
+@dataclass(frozen=True)
+class Units:
+    """Arrays over units: the example, and the tokens [start, stop) of it. `cut` and `dropped` are example numbers."""
+
+    example: np.ndarray  # int64 [u]
+    start: np.ndarray  # int64 [u]
+    stop: np.ndarray  # int64 [u]
+    cut: np.ndarray
+    dropped: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.example)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [u]: tokens of each unit."""
+        return self.stop - self.start
+
+
+def windows(store: Store, length: int) -> Units:
+    """Texts cut into windows of `length` tokens. The last token of a window is the first of the next, so that each is learned once."""
+    sizes = store.lengths
+    number = np.where(sizes <= length, 1, -(-(sizes - 1) // (length - 1)))
+    example = np.repeat(np.arange(len(sizes)), number)
+    nth = np.arange(len(example)) - np.repeat(np.cumsum(number) - number, number)
+    start = nth * (length - 1)
+    none = np.zeros(0, dtype=np.int64)
+    return Units(example, start, np.minimum(start + length, sizes[example]), none, none)
+
+
+def whole(store: Store, length: int, policy: str) -> Units:
+    """Examples as they are; those longer than `length` dropped, cut at their end, or refused."""
+    sizes = store.lengths
+    over = np.flatnonzero(sizes > length)
+    if len(over) and policy == "error":
+        raise FettleError(
+            f"{store.name(int(over[0]))}: {sizes[over[0]]} tokens are more than a row of {length}; {len(over)} of {len(sizes)} "
+            "examples are; raise batch.tokens, or say long: drop or long: truncate"
+        )
+    if policy == "drop":
+        keep, cut, dropped = np.flatnonzero(sizes <= length), over[:0], over
+    else:
+        lost = np.array([i for i in over if not _learns(store, int(i), length)], dtype=np.int64)
+        keep, cut, dropped = np.setdiff1d(np.arange(len(sizes)), lost), np.setdiff1d(over, lost), lost
+    return Units(keep, np.zeros(len(keep), dtype=np.int64), np.minimum(sizes[keep], length), cut, dropped)
+
+
+def _learns(store: Store, index: int, stop: int) -> bool:
+    """Whether anything is learned in the first `stop` tokens."""
+    first, last = store.span_offsets[index : index + 2]
+    return bool(np.any(store.spans[first:last, 0] < stop))

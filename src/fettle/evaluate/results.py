@@ -1,0 +1,215 @@
+"""Results: what was measured, on what, how; as JSON, a table and a picture; and the difference of two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fettle.core import FettleError
+from fettle.core.files import read_json, write_json
+from fettle.evaluate.interval import Score, mean_interval
+from fettle.evaluate.tasks import Item
+
+RESULTS = "results.json"
+PICTURE = "results.png"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question's outcome. `score` is accuracy for choices, and `fair` that of the length-normalised choice."""
+
+    where: str
+    family: str
+    cluster: str
+    metric: str
+    score: float
+    output: str
+    right: str
+    reason: str = ""
+    prompt_tokens: int = 0
+    fair: float | None = None
+
+    @classmethod
+    def of(cls, item: Item, score: float, output: str, reason: str, tokens: int, fair: float | None = None) -> Row:
+        """The outcome of an item."""
+        return cls(item.where, item.family, item.cluster, item.metric, score, output, item.solution, reason, tokens, fair)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation. `scores` begins with the main one; `families` and `clusters` hold the main score by group."""
+
+    name: str
+    kind: str
+    sha256: str  # of the file evaluated on
+    settings: dict[str, Any]
+    scores: dict[str, Score]
+    families: dict[str, Score] = field(default_factory=dict)
+    clusters: dict[str, Score] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    rows: tuple[Row, ...] = ()
+
+    @classmethod
+    def of_rows(cls, name: str, sha256: str, settings: dict[str, Any], rows: Sequence[Row], about: dict[str, Any]) -> Result:
+        """Scores with intervals: over all rows, by metric, by family, by cluster."""
+        seed = int(settings.get("seed", 0))
+        scores = {"score": mean_interval([r.score for r in rows], seed)}
+        for metric in sorted({r.metric for r in rows}):
+            scores["acc" if metric == "choice" else metric] = mean_interval([r.score for r in rows if r.metric == metric], seed)
+        if fair := [r.fair for r in rows if r.fair is not None]:
+            scores["acc_norm"] = mean_interval(fair, seed)
+        return cls(
+            name, "task", sha256, settings, scores, _grouped(rows, "family", seed), _grouped(rows, "cluster", seed), about, tuple(rows)
+        )  # fmt: skip
+
+    @property
+    def main(self) -> tuple[str, Score]:
+        """The name and value of the main score."""
+        return next(iter(self.scores.items()))
+
+
+def _grouped(rows: Sequence[Row], key: str, seed: int) -> dict[str, Score]:
+    names = sorted({getattr(r, key) for r in rows} - {""})
+    return {name: mean_interval([r.score for r in rows if getattr(r, key) == name], seed) for name in names}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that one model was evaluated on."""
+
+    model: dict[str, Any]
+    results: tuple[Result, ...]
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One plain row an evaluation, for reports and manifests."""
+        rows = []
+        for result in self.results:
+            name, score = result.main
+            rows.append({"evaluation": result.name, "metric": name, **asdict(score), "families": len(result.families)})
+        return rows
+
+    def write(self, folder: Path) -> None:
+        """Leave results.json and results.png in a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RESULTS, asdict(self))
+        draw({str(self.model.get("name") or self.model.get("path")): self}, folder / PICTURE)
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """From a results.json, or the folder it lies in."""
+        file = path / RESULTS if path.is_dir() else path
+        data = read_json(file)
+        try:
+            return cls(data["model"], tuple(_result(r) for r in data["results"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FettleError(f"{file}: not a results file of fettle eval ({error!r})") from None
+
+    def table(self, title: str = "") -> Table:
+        """The scores as a table for the terminal."""
+        table = Table(title=title or None)
+        for head in ("evaluation", "group", "metric", "score", "95% interval", "n"):
+            table.add_column(head, justify="right" if head in ("score", "n") else "left")
+        for result in self.results:
+            for i, (metric, score) in enumerate(result.scores.items()):
+                table.add_row(result.name if not i else "", "", metric, *_cells(score))
+            for kind, groups in (("cluster", result.clusters), ("family", result.families)):
+                for name, score in groups.items():
+                    table.add_row("", f"{kind} {name}", "", *_cells(score))
+        return table
+
+
+def _result(data: dict[str, Any]) -> Result:
+    groups = {key: {k: Score(**v) for k, v in data[key].items()} for key in ("scores", "families", "clusters")}
+    return Result(**{**data, **groups, "rows": tuple(Row(**r) for r in data["rows"])})
+
+
+def _cells(score: Score) -> tuple[str, str, str]:
+    return f"{score.mean:.3f}", f"{score.low:.3f} to {score.high:.3f}", str(score.n)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """b - a on the same rows, with a paired interval; `notes` tells which settings differ."""
+
+    name: str
+    a: float
+    b: float
+    change: Score
+    families: dict[str, Score]
+    notes: tuple[str, ...]
+
+
+def compare(a: Results | Path, b: Results | Path, seed: int = 0) -> list[Difference]:
+    """How b differs from a on each evaluation that both have, row by row.
+
+    FettleError where they share none, or where a file is not the same one in both.
+    """
+    a, b = (r if isinstance(r, Results) else Results.read(r) for r in (a, b))
+    others = {r.name: r for r in b.results if r.rows}
+    pairs = [(r, others[r.name]) for r in a.results if r.rows and r.name in others]
+    if not pairs:
+        raise FettleError(
+            f"nothing to compare: the first has {', '.join(r.name for r in a.results)}, the second {', '.join(r.name for r in b.results)}"
+        )
+    return [_difference(x, y, seed) for x, y in pairs]
+
+
+def _difference(x: Result, y: Result, seed: int) -> Difference:
+    if x.sha256 != y.sha256:
+        raise FettleError(f"{x.name}: the two were run on different files (SHA-256 {x.sha256[:12]} and {y.sha256[:12]}); evaluate both again")
+    line = {row.where.rpartition(":")[2]: row for row in y.rows}
+    both = [(row, line[at]) for row in x.rows if (at := row.where.rpartition(":")[2]) in line]
+    if not both:
+        raise FettleError(f"{x.name}: the two runs took different rows; use the same limit and seed")
+    changes = [q.score - p.score for p, q in both]
+    families = {
+        name: mean_interval([c for c, (p, _) in zip(changes, both, strict=True) if p.family == name], seed)
+        for name in sorted({p.family for p, _ in both} - {""})
+    }
+    n = len(both)
+    before, after = sum(p.score for p, _ in both) / n, sum(q.score for _, q in both) / n
+    return Difference(x.name, before, after, mean_interval(changes, seed), families, _notes(x, y, n))
+
+
+def _notes(x: Result, y: Result, shared: int) -> tuple[str, ...]:
+    notes = [f"{shared} of {len(x.rows)} and {len(y.rows)} rows are in both"] if not shared == len(x.rows) == len(y.rows) else []
+    left = {**x.settings, "template_hash": x.about.get("template_hash")}
+    right = {**y.settings, "template_hash": y.about.get("template_hash")}
+    differ = sorted(k for k in left.keys() | right.keys() if k != "path" and left.get(k) != right.get(k))
+    return (*notes, *(f"{key} differs: {left.get(key)} and {right.get(key)}" for key in differ))
+
+
+def difference_table(differences: Sequence[Difference]) -> Table:
+    """Differences as a table for the terminal."""
+    table = Table()
+    for head in ("evaluation", "before", "after", "change", "95% interval", "n"):
+        table.add_column(head, justify="left" if head == "evaluation" else "right")
+    for d in differences:
+        table.add_row(d.name, f"{d.a:.3f}", f"{d.b:.3f}", f"{d.change.mean:+.3f}", _range(d.change), str(d.change.n))
+        for name, change in d.families.items():
+            table.add_row(f"  {name}", "", "", f"{change.mean:+.3f}", _range(change), str(change.n))
+        for note in d.notes:
+            table.add_row(f"  ! {note}")
+    return table
+
+
+def _range(score: Score) -> str:
+    return f"{score.low:+.3f} to {score.high:+.3f}"
+
+
+def draw(models: dict[str, Results], file: Path) -> None:
+    """Bars with intervals by family, one colour a model: the picture of before and after. Perplexities have no bars."""
+    from fettle.evaluate.picture import bars
+
+    groups: dict[str, dict[str, Score]] = {}
+    for name, results in models.items():
+        for result in results.results:
+            if result.kind == "task":
+                for label, score in {result.name: result.main[1], **result.families}.items():
+                    groups.setdefault(label, {})[name] = score
+    if groups:
+        bars(groups, list(models), file)

@@ -1,0 +1,66 @@
+"""Files are whole or absent, and damage is found and named."""
+
+from pathlib import Path
+
+import pytest
+
+from fettle.core.errors import FettleError
+from fettle.core.files import new_folder, read_json, verify, write_bytes
+
+
+def make(folder: Path) -> Path:
+    with new_folder(folder) as aside:
+        (aside / "a.bin").write_bytes(bytes(range(256)) * 4)
+        (aside / "inner").mkdir()
+        (aside / "inner" / "b.txt").write_text("hello")
+    return folder
+
+
+def test_a_sealed_folder_verifies(tmp_path: Path) -> None:
+    assert set(verify(make(tmp_path / "f"))["files"]) == {"a.bin", "inner/b.txt"}
+
+
+@pytest.mark.parametrize("offset", range(0, 1024, 51))
+def test_a_flipped_byte_or_a_cut_is_found_and_named(tmp_path: Path, offset: int) -> None:
+    folder = make(tmp_path / "f")
+    whole = (folder / "a.bin").read_bytes()
+    for damaged in (whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :], whole[:offset]):
+        (folder / "a.bin").write_bytes(damaged)
+        with pytest.raises(FettleError, match="a.bin: damaged"):
+            verify(folder)
+
+
+def test_a_missing_file_and_a_path_outside_are_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "f")
+    (folder / "a.bin").unlink()
+    with pytest.raises(FettleError, match="missing"):
+        verify(folder)
+    (folder / "manifest.json").write_text('{"files": {"../secret": "00"}}')
+    with pytest.raises(FettleError, match="outside"):
+        verify(folder)
+
+
+def test_a_failed_body_leaves_what_was_there(tmp_path: Path) -> None:
+    folder = make(tmp_path / "f")
+    with pytest.raises(RuntimeError), new_folder(folder) as aside:
+        (aside / "a.bin").write_bytes(b"half")
+        raise RuntimeError
+    verify(folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f"]
+
+
+def test_replacing_a_folder_and_a_file(tmp_path: Path) -> None:
+    folder = make(tmp_path / "f")
+    with new_folder(folder) as aside:
+        (aside / "c").write_text("new")
+    assert set(verify(folder)["files"]) == {"c"}
+    write_bytes(tmp_path / "x", b"1")
+    write_bytes(tmp_path / "x", b"22")
+    assert (tmp_path / "x").read_bytes() == b"22"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "x"]
+
+
+def test_broken_json_names_its_file(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text("{")
+    with pytest.raises(FettleError, match="m.json: not valid JSON"):
+        read_json(tmp_path / "m.json")
