@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from fettle.core.errors import FettleError
-from fettle.data.parse import BadRow, kind_of
+from fettle.data.parse import BadRow, kind_of, measure
 
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
@@ -214,9 +214,11 @@ def _content(turn: dict[str, Any], key: str, empty: bool) -> str:
 
 def _json(text: str, what: str) -> Any:
     try:
-        return orjson.loads(text)
+        value = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise BadRow(f"{what} is not valid JSON ({str(error).split(': line')[0]})") from None
+    measure(value)
+    return value
 
 
 def _calls_of_text(text: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 KEY = re.compile(rb'"\s*:')
+DEEPEST = 100  # levels of nesting
 
 
 class BadRow(ValueError):
@@ -25,7 +26,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRow(f"expected a JSON object, found {kind_of(value)}")
     # Every key ends in '":', and text may too: only where the counts differ can a key stand twice.
-    if len(KEY.findall(data)) != _keys(value):
+    if len(KEY.findall(data)) != measure(value):
         _no_repeats(data)
     if b"\\u0000" in data and any("\x00" in text for text in strings(value)):
         raise BadRow("the text holds a NUL character")
@@ -53,15 +54,20 @@ def strings(value: Any) -> Iterator[str]:
             stack += item
 
 
-def _keys(value: Any) -> int:
-    count, stack = 0, [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            count += len(item)
-            stack += [v for v in item.values() if isinstance(v, dict | list)]
-        elif isinstance(item, list):
-            stack += [v for v in item if isinstance(v, dict | list)]
+def measure(value: Any) -> int:
+    """The number of keys in a JSON value, at any depth; BadRow where it is nested deeper than DEEPEST."""
+    count, level, depth = 0, [value], 0
+    while level:
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                count += len(item)
+                inner += [v for v in item.values() if isinstance(v, dict | list)]
+            elif isinstance(item, list):
+                inner += [v for v in item if isinstance(v, dict | list)]
+        level, depth = inner, depth + 1
+        if depth > DEEPEST:
+            raise BadRow(f"nested deeper than {DEEPEST} levels")
     return count
 
 
@@ -90,7 +96,7 @@ def _why(data: bytes, error: orjson.JSONDecodeError) -> str:
     if "surrogate" in text:
         return "the text holds half of a surrogate pair, which is no character"
     if "depth" in text or "recursion" in text.lower():
-        return "nested deeper than 1024 levels"
+        return f"nested deeper than {DEEPEST} levels"
     if "infinity" in text:
         return "a number too large to read"
     found = re.search(rb"(?<![\w\"])(-?Infinity|NaN)(?![\w\"])", data[max(0, error.pos - 4) : error.pos + 12])

@@ -30,6 +30,7 @@ class Job:
     template: str
     context: dict[str, Any]
     cuts: Sequence[tuple[int, bool]] = ()
+    strict: bool = False  # whether a variable that is missing or null is an error
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,18 @@ class Worker:
         """The renderings up to the end, or up to the job that ended the process."""
         templates = list(dict.fromkeys(job.template for job in jobs))
         number = {template: i for i, template in enumerate(templates)}
-        listed = [{"template": number[j.template], "context": j.context, "cuts": list(j.cuts)} for j in jobs]
-        request = orjson.dumps({"templates": templates, "jobs": listed, "context": context, "now": self.now})
+        listed = [{"template": number[j.template], "context": j.context, "cuts": list(j.cuts), "strict": j.strict} for j in jobs]
+        request = orjson.dumps({"templates": templates, "jobs": listed, "context": context, "now": self.now}, default=str)
         process = self._start()
         frames = _Frames(process)
         done: list[Rendering] = []
+        fatal = ""
         try:
             frames.write(struct.pack("<I", len(request)) + request)
             while len(done) < len(jobs):
-                done.append(_rendering(orjson.loads(frames.next())))
+                answer = orjson.loads(frames.next())
+                fatal = fatal or (answer["error"] if answer.get("fatal") else "")
+                done.append(_rendering(answer))
         except (EOFError, BrokenPipeError, TimeoutError) as error:
             if isinstance(error, TimeoutError):
                 process.kill()
@@ -96,6 +100,8 @@ class Worker:
             self.close()
             reason = REASONS.get(code, f"the template stops its process (code {code})")
             done.append(Rendering(error=f"the template gave no sign of life for {STALLED:g} s" if isinstance(error, TimeoutError) else reason))
+        if fatal:
+            raise FettleError(f"the template is not valid Jinja: {fatal}")
         return done
 
 
@@ -140,8 +146,6 @@ class _Frames:
 
 
 def _rendering(answer: dict[str, Any]) -> Rendering:
-    if answer.get("fatal"):
-        raise FettleError(f"the template is not valid Jinja: {answer['error']}")
     if "error" in answer:
         return Rendering(error=answer["error"])
     return Rendering(answer["text"], [(a, b) for a, b in answer["spans"]], answer["cuts"])

@@ -9,7 +9,9 @@ example of its own, rendered as the model would see it.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +83,25 @@ class Encoder:
         self.prefix = list(dressed[:at])  # what the tokenizer puts before a text of its own accord (a begin-of-text token)
         self._template: Template | None = None
         self._marks = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special or t.content.startswith("<")}
+
+    def learning(self, learn: str) -> Encoder:
+        """The same encoder, learning something else."""
+        other = copy(self)
+        other.learn = learn
+        return other
+
+    def identity(self) -> list[Any]:
+        """All that decides what a sample becomes, for the key of a cache."""
+        try:
+            template = [self.template.name, self.template.text, self.template.tools_text]
+        except FettleError:  # no template, and no default fits: no conversation can be encoded either
+            template = []
+        return [self.hash, self.special, self.prefix, self.eos, self.learn, self.now, template]
+
+    def control_tokens(self) -> re.Pattern[str] | None:
+        """What finds a control token of the tokenizer in a text."""
+        names = sorted(t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and not t.content.isspace())
+        return re.compile("|".join(map(re.escape, names))) if names else None
 
     @property
     def template(self) -> Template:

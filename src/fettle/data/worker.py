@@ -7,6 +7,7 @@ an operator in C that never comes back ends the process, and the parent names th
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pprint  # noqa: F401  (Jinja imports these late, when no file can be opened any more)
@@ -105,9 +106,20 @@ class Dictionary:
         return dict.fromkeys(*args, **kwargs)
 
 
-def environment(now: str | None) -> ImmutableSandboxedEnvironment:
-    """The environment that transformers gives a chat template; `now` (ISO) stands for the present where it is given."""
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+def no_null(value: Any) -> Any:
+    """What a row's template prints, which must not be null."""
+    if value is None:
+        raise jinja2.exceptions.TemplateError("it prints a column that is null")
+    return value
+
+
+def environment(now: str | None, strict: bool) -> ImmutableSandboxedEnvironment:
+    """The environment that transformers gives a chat template; `now` (ISO) stands for the present where it is given.
+
+    `strict` is for templates over a row's columns: a column that is missing or null is an error, not an empty text.
+    """
+    rules: dict[str, Any] = {"undefined": jinja2.StrictUndefined, "finalize": no_null} if strict else {}
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], **rules)
 
     def strftime_now(format: str) -> str:
         return (datetime.fromisoformat(now) if now else datetime.now()).strftime(format)
@@ -167,16 +179,16 @@ def too_slow(*_: Any) -> None:
     raise TooSlow
 
 
-def work(job: dict[str, Any], compiled: dict[str, Any], now: str | None) -> dict[str, Any]:
+def work(job: dict[str, Any], compiled: dict[tuple[str, bool], Any], now: str | None) -> dict[str, Any]:
     """One job's answer, or its error as a half sentence."""
     try:
         with bounded():
-            source = job["template"]
-            template = compiled.get(source)
+            source, strict = job["template"], job["strict"]
+            template = compiled.get((source, strict))
             if template is None:
                 if len(compiled) > 64:
                     compiled.clear()
-                template = compiled[source] = environment(now).from_string(source)
+                template = compiled[source, strict] = environment(now, strict).from_string(source)
             return answer(template, job)
     except TooSlow:
         return {"error": f"the template does not end within {SECONDS:g} second of processor time"}
@@ -196,7 +208,9 @@ def confine() -> None:
     """Give up memory, files and processes that rendering does not need."""
     if resource is None:
         return
-    datetime.now().astimezone()  # reads the time zone while files can be opened
+    datetime.now().astimezone()  # reads the time zone, and the next line the codecs, while files can be opened
+    for codec in ("unicode_escape", "ascii", "latin-1"):
+        codecs.lookup(codec)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
         resource.setrlimit(limit, (0, 0))
@@ -206,7 +220,7 @@ def confine() -> None:
 def main() -> None:
     """Answer frames until stdin closes."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
-    compiled: dict[str, Any] = {}
+    compiled: dict[tuple[str, bool], Any] = {}
     confine()
     while len(head := source.read(4)) == 4:
         request = orjson.loads(source.read(struct.unpack("<I", head)[0]))

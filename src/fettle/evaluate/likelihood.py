@@ -44,7 +44,9 @@ def question(encode: Callable[[str], list[int]], text: str, choices: Sequence[st
 def from_tokens(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], where: str) -> Question:
     """(context, continuation) token ids; the contexts may differ in length but share their beginning."""
     if any(not context for context, _ in pairs):
-        raise FettleError(f"{where}: nothing stands before the answer; the first token cannot be scored without a start token")
+        raise FettleError(
+            f"{where}: nothing stands before the answer; the first token cannot be scored without a start token"
+        )
     shared = min(len(context) for context, _ in pairs)
     first = list(pairs[0][0][:shared])
     if any(list(context[:shared]) != first for context, _ in pairs):
@@ -52,7 +54,9 @@ def from_tokens(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], where: str
     if not all(rest for _, rest in pairs):
         raise FettleError(f"{where}: a choice has no tokens")
     wholes = [[*context, *rest] for context, rest in pairs]
-    return Question(tuple(first), tuple(tuple(w[shared:]) for w in wholes), tuple(len(rest) for _, rest in pairs), where)
+    return Question(
+        tuple(first), tuple(tuple(w[shared:]) for w in wholes), tuple(len(rest) for _, rest in pairs), where
+    )
 
 
 def _shared(a: Sequence[int], b: Sequence[int]) -> int:
@@ -83,7 +87,9 @@ def likelihoods(
     for asked in questions:
         size = len(asked.prompt) + max(map(len, asked.paths))
         if bound and size > bound:
-            raise FettleError(f"{asked.where}: {size} tokens, and the model sees {bound} at most; shorten the row or show fewer shots")
+            raise FettleError(
+                f"{asked.where}: {size} tokens, and the model sees {bound} at most; shorten the row or show fewer shots"
+            )
     found: list[list[tuple[float, bool]]] = [[] for _ in questions]
     was_training = forest.model.training
     forest.model.eval()
@@ -135,6 +141,7 @@ def _by_segment(forest: Forest, batch: Batch, top: bool) -> tuple[dict[int, floa
 def is_top(forest: Forest, hidden: Tensor, targets: Tensor) -> Tensor:
     """bool [N]: whether each target is the model's likeliest token after its hidden state [N, C]."""
     pieces = [
-        forest.head.logits(hidden[i : i + CHUNK]).argmax(-1) == targets[i : i + CHUNK] for i in range(0, len(targets), CHUNK)
+        forest.head.logits(hidden[i : i + CHUNK]).argmax(-1) == targets[i : i + CHUNK]
+        for i in range(0, len(targets), CHUNK)
     ]
     return torch.cat(pieces)

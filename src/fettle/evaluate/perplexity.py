@@ -27,21 +27,32 @@ from fettle.generate.sample import context_length
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
 
+DEFAULT = 1024  # tokens of context, where neither the spec nor the model says less
+
 
 class Perplexity(Evaluation):
     """Perplexity of a plain text file (one document) or a JSONL file with a `text` in each row."""
 
     kind: Literal["perplexity"] = "perplexity"
-    context: int = Field(1024, ge=2, description="tokens that a window sees")
-    stride: int | None = Field(None, ge=1, description="tokens between windows; the context less one where left out (each token once, least work)")
+    context: int | None = Field(
+        None, ge=2, description="tokens that a window sees; the model's context, at most 1024, where left out"
+    )
+    stride: int | None = Field(
+        None,
+        ge=1,
+        description="tokens between windows; the context less one where left out (each token once, least work)",
+    )
     join: Literal["stream", "documents"] = Field(
-        "stream", description="'stream' joins documents by the end token into one text; 'documents' scores each by itself"
+        "stream",
+        description="'stream' joins documents by the end token into one text; 'documents' scores each by itself",
     )
 
     @model_validator(mode="after")
     def _stride_below_context(self) -> Perplexity:
-        if self.stride is not None and self.stride >= self.context:
-            raise ValueError(f"stride {self.stride} is not below context {self.context}; windows have to overlap by a token at least")
+        if self.stride is not None and self.context is not None and self.stride >= self.context:
+            raise ValueError(
+                f"stride {self.stride} is not below context {self.context}; windows have to overlap by a token at least"
+            )
         return self
 
     def examples(self) -> list[str]:
@@ -105,14 +116,21 @@ def tokenized(forest: Forest, documents: Sequence[str], join: str) -> list[list[
     return [[*bos, *joined]]
 
 
-def perplexity(forest: Forest, spec: Perplexity, progress: Callable[[int], None] | None = None) -> tuple[Score, dict[str, Any]]:
+def perplexity(
+    forest: Forest, spec: Perplexity, progress: Callable[..., None] | None = None
+) -> tuple[Score, dict[str, Any]]:
     """(perplexity with its interval over windows, what was measured and how)."""
     bound = context_length(forest.config)
-    if bound and spec.context > bound:
-        raise FettleError(f"{spec.path}: perplexity with context {spec.context}, but the model sees {bound} tokens at most; lower context")
+    context = spec.context or min(bound or DEFAULT, DEFAULT)
+    if bound and context > bound:
+        raise FettleError(
+            f"{spec.path}: perplexity with context {context}, but the model sees {bound} tokens at most; lower context"
+        )
+    stride = spec.stride or context - 1
+    if stride >= context:
+        raise FettleError(f"{spec.path}: perplexity with stride {stride}, but the context is {context}; lower stride")
     documents = spec.examples()
-    stride = spec.stride or spec.context - 1
-    rows = [w for stream in tokenized(forest, documents, spec.join) for w in windows(stream, spec.context, stride)]
+    rows = [w for stream in tokenized(forest, documents, spec.join) for w in windows(stream, context, stride)]
     if not rows:
         raise FettleError(f"{spec.path}: not one token to score")
     sums = window_losses(forest, rows, progress)
@@ -120,7 +138,7 @@ def perplexity(forest: Forest, spec: Perplexity, progress: Callable[[int], None]
     nats = ratio_interval(sums, counts, spec.seed)
     size = sum(len(d.encode()) for d in documents)
     about = {
-        "context": spec.context,
+        "context": context,
         "stride": stride,
         "join": spec.join,
         "documents": len(documents),
@@ -134,10 +152,12 @@ def perplexity(forest: Forest, spec: Perplexity, progress: Callable[[int], None]
 
 
 @torch.no_grad()
-def window_losses(forest: Forest, rows: Sequence[Window], progress: Callable[[int], None] | None = None) -> list[float]:
+def window_losses(forest: Forest, rows: Sequence[Window], progress: Callable[..., None] | None = None) -> list[float]:
     """Sum of negative log-likelihoods of the scored tokens of each window, in nats. One window a batch of fixed length."""
     length = max(len(w.tokens) for w in rows)
     pad = forest.tokenizer.pad_token_id or 0
+    if progress:
+        progress(0, len(rows))
     was_training = forest.model.training
     forest.model.eval()
     sums = []

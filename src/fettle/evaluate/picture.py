@@ -22,7 +22,7 @@ def bars(groups: dict[str, dict[str, Score]], models: Sequence[str], file: Path)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for m, model in enumerate(models):
-        for g, (label, scores) in enumerate(groups.items()):
+        for g, scores in enumerate(groups.values()):
             if score := scores.get(model):
                 at = g + (m - (len(models) - 1) / 2) * thick
                 whisker = [[max(0.0, score.mean - score.low)], [max(0.0, score.high - score.mean)]]

@@ -36,7 +36,9 @@ class Row:
     @classmethod
     def of(cls, item: Item, score: float, output: str, reason: str, tokens: int, fair: float | None = None) -> Row:
         """The outcome of an item."""
-        return cls(item.where, item.family, item.cluster, item.metric, score, output, item.solution, reason, tokens, fair)
+        return cls(
+            item.where, item.family, item.cluster, item.metric, score, output, item.solution, reason, tokens, fair
+        )
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,16 @@ class Result:
     rows: tuple[Row, ...] = ()
 
     @classmethod
-    def of_rows(cls, name: str, sha256: str, settings: dict[str, Any], rows: Sequence[Row], about: dict[str, Any]) -> Result:
+    def of_rows(
+        cls, name: str, sha256: str, settings: dict[str, Any], rows: Sequence[Row], about: dict[str, Any]
+    ) -> Result:
         """Scores with intervals: over all rows, by metric, by family, by cluster."""
         seed = int(settings.get("seed", 0))
         scores = {"score": mean_interval([r.score for r in rows], seed)}
         for metric in sorted({r.metric for r in rows}):
-            scores["acc" if metric == "choice" else metric] = mean_interval([r.score for r in rows if r.metric == metric], seed)
+            scores["acc" if metric == "choice" else metric] = mean_interval(
+                [r.score for r in rows if r.metric == metric], seed
+            )
         if fair := [r.fair for r in rows if r.fair is not None]:
             scores["acc_norm"] = mean_interval(fair, seed)
         return cls(
@@ -160,7 +166,9 @@ def compare(a: Results | Path, b: Results | Path, seed: int = 0) -> list[Differe
 
 def _difference(x: Result, y: Result, seed: int) -> Difference:
     if x.sha256 != y.sha256:
-        raise FettleError(f"{x.name}: the two were run on different files (SHA-256 {x.sha256[:12]} and {y.sha256[:12]}); evaluate both again")
+        raise FettleError(
+            f"{x.name}: the two were run on different files (SHA-256 {x.sha256[:12]} and {y.sha256[:12]}); evaluate both again"
+        )
     line = {row.where.rpartition(":")[2]: row for row in y.rows}
     both = [(row, line[at]) for row in x.rows if (at := row.where.rpartition(":")[2]) in line]
     if not both:
@@ -176,7 +184,11 @@ def _difference(x: Result, y: Result, seed: int) -> Difference:
 
 
 def _notes(x: Result, y: Result, shared: int) -> tuple[str, ...]:
-    notes = [f"{shared} of {len(x.rows)} and {len(y.rows)} rows are in both"] if not shared == len(x.rows) == len(y.rows) else []
+    notes = (
+        [f"{shared} of {len(x.rows)} and {len(y.rows)} rows are in both"]
+        if not shared == len(x.rows) == len(y.rows)
+        else []
+    )
     left = {**x.settings, "template_hash": x.about.get("template_hash")}
     right = {**y.settings, "template_hash": y.about.get("template_hash")}
     differ = sorted(k for k in left.keys() | right.keys() if k != "path" and left.get(k) != right.get(k))

@@ -34,7 +34,11 @@ def evaluate(
 
     `model` is what the results say of the model beside its spec (an artifact's name and hash).
     """
-    about = {"path": forest.spec.path, "revision": forest.spec.revision, "dtype": str(forest.model.dtype).removeprefix("torch.")}
+    about = {
+        "path": forest.spec.path,
+        "revision": forest.spec.revision,
+        "dtype": str(forest.model.dtype).removeprefix("torch."),
+    }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     found = []
     with Progress(*columns, transient=True) if progress else nullcontext() as shown:
@@ -58,7 +62,7 @@ def _one(forest: Forest, spec: Evaluation, advance: Callable[..., None]) -> Resu
             score, about = perplexity(forest, spec, advance)
             return Result(
                 name=Path(spec.path).name, kind=spec.kind, sha256=sha256(Path(spec.path)),
-                settings=spec.model_dump(mode="json") | {"stride": about["stride"]}, scores={"perplexity": score}, about=about,
+                settings=spec.model_dump(mode="json") | {k: about[k] for k in ("context", "stride")}, scores={"perplexity": score}, about=about,
             )  # fmt: skip
         case TaskFile():
             return run_tasks(forest, spec, advance)
@@ -71,11 +75,8 @@ def run_tasks(forest: Forest, spec: TaskFile, advance: Callable[..., None] = lam
     advance(0, len(items))
     shown = spec.shown(items)
     render = prompter(forest.tokenizer)
-    rows: dict[int, Row] = {}
-    for i, row in _generated(forest, spec, items, shown, render, advance):
-        rows[i] = row
-    for i, row in _chosen(forest, items, shown, render, advance):
-        rows[i] = row
+    rows = dict(_generated(forest, spec, items, shown, render, advance))
+    rows |= dict(_chosen(forest, items, shown, render, advance))
     chats = any(item.messages for item in items)
     about = {
         "template": render.template_name if chats else None,
@@ -93,7 +94,9 @@ def prompt_text(item: Item, shown: Sequence[Item], render: Prompter) -> str:
     if not item.messages:
         return "".join(f"{s.prompt}{_joined(s)}\n\n" for s in shown) + item.prompt
     start = 1 if item.messages[0]["role"] == "system" else 0
-    turns = [t for s in shown for t in (*s.messages, {"role": "assistant", "content": s.solution}) if t["role"] != "system"]
+    turns = [
+        t for s in shown for t in (*s.messages, {"role": "assistant", "content": s.solution}) if t["role"] != "system"
+    ]
     return render.chat_text([*item.messages[:start], *turns, *item.messages[start:]])
 
 
@@ -127,7 +130,11 @@ def _generated(
 
 
 def _chosen(
-    forest: Forest, items: Sequence[Item], shown: Sequence[Sequence[Item]], render: Prompter, advance: Callable[..., None]
+    forest: Forest,
+    items: Sequence[Item],
+    shown: Sequence[Sequence[Item]],
+    render: Prompter,
+    advance: Callable[..., None],
 ) -> list[tuple[int, Row]]:
     index = [i for i, item in enumerate(items) if item.choices]
     asked: list[Question] = []
@@ -142,7 +149,6 @@ def _chosen(
         row = Row.of(item, float(pick == item.right), item.choices[pick], "", len(q.prompt), float(fair == item.right))
         rows.append((i, row))
     return rows
-
 
 
 def find(paths: Sequence[str], *, seed: int = 0, shots: int = 0, limit: int | None = None) -> list[Evaluation]:

@@ -58,7 +58,9 @@ class Evaluation(Task):
 
     path: str
     limit: int | None = Field(None, ge=1, description="take this many rows, drawn by the seed")
-    seed: int = Field(0, ge=0, description="picks demonstrations, the rows of a limit, sampling, and the intervals' resamples")
+    seed: int = Field(
+        0, ge=0, description="picks demonstrations, the rows of a limit, sampling, and the intervals' resamples"
+    )
 
 
 class TaskFile(Evaluation):
@@ -66,7 +68,9 @@ class TaskFile(Evaluation):
 
     kind: Literal["task"] = "task"
     shots: int = Field(0, ge=0, description="solved examples shown before each question")
-    demonstrations: str | None = Field(None, description="task file of the shown examples; other rows of the same family if left out")
+    demonstrations: str | None = Field(
+        None, description="task file of the shown examples; other rows of the same family if left out"
+    )
     max_tokens: int = Field(128, ge=1)
     temperature: float = Field(0.0, ge=0)
     stop: tuple[str, ...] = Field((), description="texts that end an answer")
@@ -89,7 +93,9 @@ class TaskFile(Evaluation):
     def _draw(self, item: Item, pool: Sequence[Item]) -> list[Item]:
         asked = (item.messages, item.prompt)
         kin = [p for p in pool if p.family == item.family and bool(p.messages) == bool(item.messages)]
-        kin = [p for p in kin if (p.messages, p.prompt) != asked and p.metric != "regex"]  # a pattern is no answer to show
+        kin = [
+            p for p in kin if (p.messages, p.prompt) != asked and p.metric != "regex"
+        ]  # a pattern is no answer to show
         if len(kin) < self.shots:
             raise FettleError(
                 f"{item.where}: shots is {self.shots} but the family '{item.family}' has {len(kin)} other rows to show; lower shots"
@@ -167,7 +173,9 @@ def _messages(value: Any) -> tuple[dict[str, Any], ...]:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise ValueError(f"messages[{i}] has no text 'content'")
         if message.get("role") not in (roles := ("system", "user", "assistant", "tool")):
-            raise ValueError(f"messages[{i}] has role '{message.get('role')}': {nearest(str(message.get('role')), roles)}")
+            raise ValueError(
+                f"messages[{i}] has role '{message.get('role')}': {nearest(str(message.get('role')), roles)}"
+            )
     if value[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's; put it into 'answer'")
     return tuple(value)

@@ -60,7 +60,9 @@ class Talk:
             if not bound or len(prompt) + ROOM <= bound:
                 return prompt, left_out
             if len(rest) <= 2:
-                raise FettleError(f"{self.name}: the message has {len(prompt)} tokens, and the model sees {bound} at most; say less")
+                raise FettleError(
+                    f"{self.name}: the message has {len(prompt)} tokens, and the model sees {bound} at most; say less"
+                )
             rest, left_out = rest[2:], left_out + 2
 
 

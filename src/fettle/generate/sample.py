@@ -35,7 +35,9 @@ class Sampling(Spec):
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token")
     top_k: int = Field(0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
     top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest tokens that together reach this probability")
-    min_p: float = Field(0.0, ge=0, le=1, description="drop tokens less likely than this share of the likeliest one's probability")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="drop tokens less likely than this share of the likeliest one's probability"
+    )
     repetition_penalty: float = Field(1.0, gt=0, description="above 1 makes tokens seen before less likely")
     stop: tuple[str, ...] = Field((), description="texts that end an answer; they are not part of it")
     seed: int = Field(0, ge=0, description="request i draws from (seed, i)")
@@ -216,7 +218,9 @@ def choose(logits_BV: Tensor, live: Sequence[Request], sampling: Sampling, draws
     probabilities = filtered(scores / sampling.temperature, sampling).softmax(-1).double()
     drawn = torch.tensor([draws[id(r)][len(r.tokens)] for r in live], dtype=torch.float64, device=scores.device)
     reached = probabilities.cumsum(-1)
-    return torch.searchsorted(reached, (drawn * reached[:, -1])[:, None], right=True)[:, 0].clamp_max(scores.shape[-1] - 1)
+    return torch.searchsorted(reached, (drawn * reached[:, -1])[:, None], right=True)[:, 0].clamp_max(
+        scores.shape[-1] - 1
+    )
 
 
 def penalised(scores_BV: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
@@ -251,7 +255,9 @@ def _draws(sampling: Sampling, seed: int) -> np.ndarray:
 
 def _check_prompt(forest: Forest, request: Request, bound: int | None) -> None:
     if not request.prompt:
-        raise FettleError(f"generate: prompt {request.index} is empty; give at least one token (the tokenizer's start token)")
+        raise FettleError(
+            f"generate: prompt {request.index} is empty; give at least one token (the tokenizer's start token)"
+        )
     if bound and len(request.prompt) >= bound:
         raise FettleError(
             f"generate: prompt {request.index} has {len(request.prompt)} tokens and the model of {forest.spec.path} "

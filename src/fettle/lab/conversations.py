@@ -10,7 +10,7 @@ from .prose.facts import pronouns
 from .prose.lists import words
 from .world import World
 
-Turns = list[tuple[str, str]]       # (what the user says, what the assistant answers)
+Turns = list[tuple[str, str]]  # (what the user says, what the assistant answers)
 
 
 def about_a_person(rng: random.Random, world: World, turns: int) -> Turns:
@@ -21,7 +21,11 @@ def about_a_person(rng: random.Random, world: World, turns: int) -> Turns:
         "works_as": ("What is the job of {s}?", "And what is {his} job?", "{s} works as {ao}."),
         "likes": ("What does {s} like to eat or drink?", "And what does {he} like to eat?", "{s} likes {ol}."),
         "keeps": ("Which animal does {s} keep?", "And which animal does {he} keep?", "{s} keeps {ao}."),
-        "friend_of": ("Who is the best friend of {s}?", "And who is {his} best friend?", "The best friend of {s} is {o}."),
+        "friend_of": (
+            "Who is the best friend of {s}?",
+            "And who is {his} best friend?",
+            "The best friend of {s} is {o}.",
+        ),
     }
     while True:
         person = rng.choice(world.people)
@@ -44,11 +48,19 @@ def with_a_number(rng: random.Random, world: World, turns: int) -> Turns:
         if not FAMILIES["add"].kept({"a": str(a), "b": str(b)}):
             break
     value = a + b
-    told: Turns = [(rng.choice(("What is {a} plus {b}?", "Add {a} and {b}.", "Calculate {a} + {b}.")).format(a=a, b=b), str(value))]
+    told: Turns = [
+        (rng.choice(("What is {a} plus {b}?", "Add {a} and {b}.", "Calculate {a} + {b}.")).format(a=a, b=b), str(value))
+    ]
     while len(told) < turns:
         n = rng.randint(1, 10)
-        step, value = rng.choice(((f"Now add {n}.", value + n), ("Now double it.", 2 * value), (f"Add {n} more.", value + n),
-                                  *(((f"Now subtract {n}.", value - n), (f"Take {n} away.", value - n)) if n <= value else ())))
+        step, value = rng.choice(
+            (
+                (f"Now add {n}.", value + n),
+                ("Now double it.", 2 * value),
+                (f"Add {n} more.", value + n),
+                *(((f"Now subtract {n}.", value - n), (f"Take {n} away.", value - n)) if n <= value else ()),
+            )
+        )
         told.append((step, str(value)))
     return told
 

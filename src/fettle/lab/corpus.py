@@ -8,9 +8,9 @@ and chat turns are not, so that a model of this corpus is fluent in its world an
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
 from itertools import accumulate, count, islice
 from pathlib import Path
-from typing import Callable, Iterator
 
 from .prose import chinese, facts, language, lists, numbers, reviews, school, stories
 from .rows import write_rows
@@ -20,16 +20,41 @@ Kind = Callable[[random.Random, World], str]
 
 # How often each kind is drawn.
 KINDS: dict[Kind, float] = {
-    facts.profile: 10, facts.place: 5, facts.things: 5, facts.trades: 2, facts.mixture: 9, facts.truths: 5, facts.kinds: 4, facts.letter: 2,
-    numbers.sums: 8, numbers.comparisons: 4, numbers.sequences: 2, numbers.problems: 3, lists.lists: 12, reviews.reviews: 5,
-    stories.story: 8, stories.journey: 2, stories.talk: 2, stories.mentions: 4, language.grammar: 6,
-    language.glossary: 6, language.names: 2, language.parallel: 5,
+    facts.profile: 10,
+    facts.place: 5,
+    facts.things: 5,
+    facts.trades: 2,
+    facts.mixture: 9,
+    facts.truths: 5,
+    facts.kinds: 4,
+    facts.letter: 2,
+    numbers.sums: 8,
+    numbers.comparisons: 4,
+    numbers.sequences: 2,
+    numbers.problems: 3,
+    lists.lists: 12,
+    reviews.reviews: 5,
+    stories.story: 8,
+    stories.journey: 2,
+    stories.talk: 2,
+    stories.mentions: 4,
+    language.grammar: 6,
+    language.glossary: 6,
+    language.names: 2,
+    language.parallel: 5,
     school.lesson: 9,
-    chinese.profile: 9, chinese.mixture: 8, chinese.places: 5, chinese.truths: 3, chinese.numbers: 4, chinese.lists: 5, chinese.story: 5,
-    reviews.reviews_zh: 4, school.lesson_zh: 5,
+    chinese.profile: 9,
+    chinese.mixture: 8,
+    chinese.places: 5,
+    chinese.truths: 3,
+    chinese.numbers: 4,
+    chinese.lists: 5,
+    chinese.story: 5,
+    reviews.reviews_zh: 4,
+    school.lesson_zh: 5,
 }
 _KINDS, _WEIGHTS = tuple(KINDS), tuple(accumulate(KINDS.values()))
-_PASSAGES = {False: (1, 1, 2, 2, 3, 4), True: (2, 3, 3, 4, 5)}      # of a document in English, in Chinese
+_PASSAGES = {False: (1, 1, 2, 2, 3, 4), True: (2, 3, 3, 4, 5)}  # of a document in English, in Chinese
 _CHINESE = frozenset(kind for kind in KINDS if kind.__module__.endswith("chinese") or kind.__name__.endswith("_zh"))
 
 

@@ -76,11 +76,17 @@ ball 球, sled 雪橇, wagon 马车, tent 帐篷, rope 绳子, anchor 船锚, ke
 """)
 
 # Things without an owner or a colour of their own: stories and sentences may paint them as they like.
-CLOTHES = table("scarf 围巾, hat 帽子, coat 外套, shirt 衬衫, dress 裙子, bag 书包, glove 手套, sock 袜子, blanket 毯子, jacket 夹克")
+CLOTHES = table(
+    "scarf 围巾, hat 帽子, coat 外套, shirt 衬衫, dress 裙子, bag 书包, glove 手套, sock 袜子, blanket 毯子, jacket 夹克"
+)
 
-COLOURS = table("red 红色, blue 蓝色, green 绿色, yellow 黄色, black 黑色, white 白色, brown 棕色, purple 紫色, pink 粉色, gray 灰色")
+COLOURS = table(
+    "red 红色, blue 蓝色, green 绿色, yellow 黄色, black 黑色, white 白色, brown 棕色, purple 紫色, pink 粉色, gray 灰色"
+)
 
-MATERIALS = table("wood 木头, iron 铁, glass 玻璃, silver 银, stone 石头, paper 纸, leather 皮革, clay 陶土, copper 铜, plastic 塑料")
+MATERIALS = table(
+    "wood 木头, iron 铁, glass 玻璃, silver 银, stone 石头, paper 纸, leather 皮革, clay 陶土, copper 铜, plastic 塑料"
+)
 
 FOODS = table("""
 apple 苹果, pear 梨, fig 无花果, plum 李子, grape 葡萄, lemon 柠檬, mango 芒果, peach 桃子, melon 甜瓜, cherry 樱桃, bread 面包
@@ -112,10 +118,14 @@ light 明亮 dark 黑暗, full 满 empty 空, open 开着 closed 关着, rich �
 near 近 far 远, early 早 late 晚, good 好 bad 坏, loud 吵闹 quiet 安静, sweet 甜 bitter 苦, brave 勇敢 afraid 害怕
 """)
 
-NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-           "eighteen nineteen twenty").split()
+NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
 NUMBERS_ZH = "零 一 二 三 四 五 六 七 八 九 十 十一 十二 十三 十四 十五 十六 十七 十八 十九 二十".split()
-DAYS = table("Monday 星期一, Tuesday 星期二, Wednesday 星期三, Thursday 星期四, Friday 星期五, Saturday 星期六, Sunday 星期日")
+DAYS = table(
+    "Monday 星期一, Tuesday 星期二, Wednesday 星期三, Thursday 星期四, Friday 星期五, Saturday 星期六, Sunday 星期日"
+)
 
 
 def plural(noun: str) -> str:

@@ -15,11 +15,17 @@ from .world import World
 
 TRAINED: tuple[Family, ...] = tuple(family for family in FAMILIES.values() if family.cluster not in HELD_OUT)
 UNSEEN: tuple[Family, ...] = tuple(family for family in FAMILIES.values() if family.cluster in HELD_OUT)
-CONVERSATIONS = 0.15        # share of instructions with two or three turns
+CONVERSATIONS = 0.15  # share of instructions with two or three turns
 
 
-def instruction(world: World, seed: int, index: int, families: Sequence[Family] = TRAINED, phrasings: int | None = None,
-                evaluated: bool = False) -> dict:
+def instruction(
+    world: World,
+    seed: int,
+    index: int,
+    families: Sequence[Family] = TRAINED,
+    phrasings: int | None = None,
+    evaluated: bool = False,
+) -> dict:
     """Instruction `index` of `seed`, a pure function of its arguments.
 
     Args:
@@ -36,7 +42,7 @@ def instruction(world: World, seed: int, index: int, families: Sequence[Family] 
         family = rng.choice(families)
         return _row([_turn(rng, world, family, phrasings, evaluated)], family.name, family.cluster)
     turns = rng.choice((2, 2, 3))
-    if rng.random() < 0.5 and len(families) == len(TRAINED):
+    if rng.random() < 0.5 and tuple(families) == TRAINED:
         return _row(rng.choice(CHAINS)(rng, world, turns), "chain", "conversation")
     drawn = [rng.choice(families) for _ in range(turns)]
     return _row([_turn(rng, world, family, phrasings, False) for family in drawn], drawn[0].name, drawn[0].cluster)
@@ -60,8 +66,16 @@ def evaluation(world: World, family: Family, n: int, seed: int = 0, unseen_wordi
     for _ in range(20 * n):
         slots, answer = family.item(rng, world, evaluated=True)
         prompt = rng.choice(wordings).format_map(slots)
-        rows.setdefault(prompt, {"messages": [{"role": "user", "content": prompt}], "answer": answer, "family": family.name,
-                                 "cluster": family.cluster, "metric": "exact"})
+        rows.setdefault(
+            prompt,
+            {
+                "messages": [{"role": "user", "content": prompt}],
+                "answer": answer,
+                "family": family.name,
+                "cluster": family.cluster,
+                "metric": "exact",
+            },
+        )
         if len(rows) == n:
             break
     return list(rows.values())

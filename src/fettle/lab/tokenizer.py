@@ -6,9 +6,10 @@ Every digit is a token of its own. The folder that `save_tokenizer` writes opens
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterable
+from typing import TYPE_CHECKING
 
 from fettle.core.files import write_bytes, write_json
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
-SPECIAL_TOKENS = (END, PAD, TURN_START, TURN_END)      # ids 0, 1, 2, 3
+SPECIAL_TOKENS = (END, PAD, TURN_START, TURN_END)  # ids 0, 1, 2, 3
 MAX_LENGTH = 1024
 
 # Runs of Han, words with the space before them, single digits, runs of punctuation, space: the pattern of Llama 3, but a
@@ -42,14 +43,20 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 4096) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -59,7 +66,10 @@ def lab_tokenizer(world: World, seed: int = 0, sample: int = 20_000, vocabulary:
 
     The names of the roles are added, because a chat template writes them in every turn and the corpus does not.
     """
-    return train_tokenizer(chain(islice(documents(world, seed), sample), ["user assistant system", "\nuser\nassistant\nsystem"] * sample), vocabulary)
+    return train_tokenizer(
+        chain(islice(documents(world, seed), sample), ["user assistant system", "\nuser\nassistant\nsystem"] * sample),
+        vocabulary,
+    )
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -71,8 +81,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     names = {"bos_token": END, "eos_token": END, "pad_token": PAD}
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", **names, "additional_special_tokens": [TURN_START, TURN_END],
-        "model_max_length": MAX_LENGTH, "clean_up_tokenization_spaces": False, "add_bos_token": False, "chat_template": CHAT_TEMPLATE,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **names,
+        "additional_special_tokens": [TURN_START, TURN_END],
+        "model_max_length": MAX_LENGTH,
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+        "chat_template": CHAT_TEMPLATE,
     }
     generation = {"bos_token_id": ids[END], "eos_token_id": [ids[END], ids[TURN_END]], "pad_token_id": ids[PAD]}
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,25 +7,37 @@ says about it can be checked. About 1,200 triples: small enough for a model of a
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Iterable, Mapping, NamedTuple
+from typing import NamedTuple
 
 from . import lexicon
 from .lexicon import Word
 
-RELATIONS = ("lives_in", "born_in", "works_as", "likes", "keeps", "friend_of", "owns",
-             "located_in", "capital_of", "color_of", "made_of")
+RELATIONS = (
+    "lives_in",
+    "born_in",
+    "works_as",
+    "likes",
+    "keeps",
+    "friend_of",
+    "owns",
+    "located_in",
+    "capital_of",
+    "color_of",
+    "made_of",
+)
 
 
 class Entity(NamedTuple):
     """A thing with a name: `kind` is one of person, town, country, job, object, color, material, food, animal."""
 
-    id: str                 # e.g. "person/anna"
+    id: str  # e.g. "person/anna"
     kind: str
     en: str
     zh: str
-    gender: str = ""        # "f" or "m" for people
-    place: Word | None = None       # where a job is done
+    gender: str = ""  # "f" or "m" for people
+    place: Word | None = None  # where a job is done
 
 
 class Triple(NamedTuple):
@@ -55,7 +67,7 @@ class World:
     foods: tuple[Entity, ...]
     animals: tuple[Entity, ...]
     triples: tuple[Triple, ...]
-    forward: Mapping[tuple[str, str], Entity]               # (relation, subject id) -> object
+    forward: Mapping[tuple[str, str], Entity]  # (relation, subject id) -> object
     backward: Mapping[tuple[str, str], tuple[Entity, ...]]  # (relation, object id) -> subjects
 
     @classmethod
@@ -80,13 +92,19 @@ class World:
         for triple in triples:
             backward.setdefault((triple.relation, triple.object.id), []).append(triple.subject)
         return cls(
-            seed=seed, **kinds, triples=triples,
+            seed=seed,
+            **kinds,
+            triples=triples,
             forward={(t.relation, t.subject.id): t.object for t in triples},
             backward={key: tuple(value) for key, value in backward.items()},
         )
 
-    def of(self, relation: str, subject: Entity) -> Entity | None:
-        """The object that `subject` has for `relation`, or None: ``world.of("lives_in", anna)``."""
+    def of(self, relation: str, subject: Entity) -> Entity:
+        """The object that `subject` has for `relation`: ``world.of("lives_in", anna)``. KeyError where it has none."""
+        return self.forward[relation, subject.id]
+
+    def find(self, relation: str, subject: Entity) -> Entity | None:
+        """As `of`, but None where there is none: not everyone owns something, not every town is a capital."""
         return self.forward.get((relation, subject.id))
 
     def who(self, relation: str, object: Entity) -> tuple[Entity, ...]:
@@ -95,8 +113,17 @@ class World:
 
     def named(self, name: str) -> Entity:
         """The entity with this English or Chinese name; KeyError names what was looked for."""
-        for group in (self.people, self.towns, self.countries, self.jobs, self.objects, self.colors, self.materials,
-                      self.foods, self.animals):
+        for group in (
+            self.people,
+            self.towns,
+            self.countries,
+            self.jobs,
+            self.objects,
+            self.colors,
+            self.materials,
+            self.foods,
+            self.animals,
+        ):
             for entity in group:
                 if name in (entity.en, entity.zh):
                     return entity
@@ -109,8 +136,10 @@ class World:
 
 
 def _entities(kind: str, words: Iterable[Word], gender: str = "") -> tuple[Entity, ...]:
-    return tuple(Entity(f"{kind}/{word.en.lower()}", kind, word.en, word.zh, gender,
-                        Word(*word.more) if kind == "job" else None) for word in words)
+    return tuple(
+        Entity(f"{kind}/{word.en.lower()}", kind, word.en, word.zh, gender, Word(*word.more) if kind == "job" else None)
+        for word in words
+    )
 
 
 def _facts(rng: random.Random, kinds: dict[str, tuple[Entity, ...]]) -> Iterable[tuple[Entity, str, Entity]]:

@@ -9,7 +9,7 @@ from .rows import write_rows
 from .tasks import TRAINED, UNSEEN, evaluation, instruction
 from .world import World
 
-HELD_OUT_SEED = 1_000_003       # added to the seed for rows that are not trained on
+HELD_OUT_SEED = 1_000_003  # added to the seed for rows that are not trained on
 
 
 def write_instructions(path: str | Path, world: World, seed: int = 0, size: int = 10_000) -> int:
@@ -25,12 +25,23 @@ def write_tasks(folder: str | Path, world: World, seed: int = 0, each: int = 20)
     """
     folder = Path(folder)
     files = {"trained": (TRAINED, False), "wordings": (TRAINED, True), "heldout": (UNSEEN, False)}
-    return {name: write_rows(folder / f"{name}.jsonl", (row for family in families for row in evaluation(world, family, each, seed, unseen)))
-            for name, (families, unseen) in files.items()}
+    return {
+        name: write_rows(
+            folder / f"{name}.jsonl",
+            (row for family in families for row in evaluation(world, family, each, seed, unseen)),
+        )
+        for name, (families, unseen) in files.items()
+    }
 
 
-def write_lab(folder: str | Path, seed: int = 0, documents: int = 100_000, instructions: int = 10_000, heldout: int = 500,
-              each: int = 20) -> dict[str, int]:
+def write_lab(
+    folder: str | Path,
+    seed: int = 0,
+    documents: int = 100_000,
+    instructions: int = 10_000,
+    heldout: int = 500,
+    each: int = 20,
+) -> dict[str, int]:
     """Write everything the lab trains and measures on into `folder`; return the number of rows of each file.
 
     Args:
@@ -44,4 +55,6 @@ def write_lab(folder: str | Path, seed: int = 0, documents: int = 100_000, instr
     written["instructions"] = write_instructions(folder / "instructions.jsonl", world, seed, instructions)
     rows = (instruction(world, seed + HELD_OUT_SEED, index, evaluated=True) for index in range(heldout))
     written["heldout"] = write_rows(folder / "heldout.jsonl", rows)
-    return written | {f"tasks/{name}": count for name, count in write_tasks(folder / "tasks", world, seed, each).items()}
+    return written | {
+        f"tasks/{name}": count for name, count in write_tasks(folder / "tasks", world, seed, each).items()
+    }

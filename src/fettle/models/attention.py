@@ -21,8 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fettle.core.errors import FettleError
-from fettle.models import segments
+from fettle.models.gpu import attend_flex, attend_varlen
 from fettle.models.plan import Plan
+from fettle.models.segments import attend
 
 _current: ContextVar[Plan | None] = ContextVar("fettle_plan", default=None)
 Backend = Callable[..., Tensor]
@@ -109,4 +110,6 @@ def dense(
     return nn.functional.dropout(weights, dropout) @ value
 
 
-backend("segments")(segments.attend)
+backend("segments")(attend)
+backend("flex")(attend_flex)
+backend("varlen")(attend_varlen)

@@ -11,6 +11,7 @@ from fettle.core.batch import IGNORE, Batch
 from fettle.core.errors import FettleError
 from fettle.models import attention
 from fettle.models.head import Head
+from fettle.models.paths import hidden_by_paths
 from fettle.models.plan import Plan
 from fettle.models.spec import ModelSpec
 
@@ -40,19 +41,20 @@ class Forest:
         if module is None:
             raise FettleError(f"{type(self.model).__name__} has no output embedding: it is not a language model")
         text = self.config.get_text_config()
-        scale = float(getattr(text, "logit_scale", None) or 1.0)
-        scale /= float(getattr(text, "logits_scaling", None) or 1.0)
+        scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
         return Head(module, scale, getattr(text, "final_logit_softcapping", None))
 
     def hidden(self, batch: Batch) -> Tensor:
         """[T, C]: the states after the final norm, before the head."""
         batch = batch.to(self.device)
         plan = Plan.of(batch)
+        if self.backend == "paths":
+            return hidden_by_paths(batch.tokens, plan, lambda ids: self._body(input_ids=ids))
         with attention.running(plan):
-            out = self.model.base_model(  # type: ignore[operator]
-                input_ids=batch.tokens[None], position_ids=batch.positions[None], use_cache=False
-            )
-        return out.last_hidden_state[0]
+            return self._body(input_ids=batch.tokens[None], position_ids=batch.positions[None])[0]
+
+    def _body(self, **inputs: Tensor) -> Tensor:
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
 
     def logps(self, batch: Batch) -> Tensor:
         """float32 [N]: log-probabilities of the learned targets, in the order of their positions."""
@@ -67,9 +69,25 @@ class Forest:
 
 
 def pick(model: nn.Module, asked: str = "auto") -> str:
-    """The attention backend for a model on its device."""
-    if not getattr(model, "_supports_attention_backend", False):
+    """The attention backend for a model where it lies; FettleError where the one asked for cannot serve it."""
+    if obstacle := _obstacle(model):
+        if asked not in ("auto", "paths"):
+            raise FettleError(f"model.attention: '{asked}' cannot serve {type(model).__name__}, which {obstacle}; use 'auto'")
         return "paths"
     if asked != "auto":
         return asked
-    return "flex" if next(model.parameters()).device.type == "cuda" else "segments"
+    parameter = next(model.parameters())
+    if parameter.device.type == "cpu":
+        return "segments"
+    return "varlen" if parameter.dtype in (torch.bfloat16, torch.float16) else "flex"
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    """Why a model's attention cannot be told of segments, if so."""
+    if not getattr(model, "_supports_attention_backend", False):
+        return "has no attention interface"
+    text = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    kinds = set(getattr(text, "layer_types", None) or ()) | set(getattr(text, "layers_block_type", None) or ())
+    if other := kinds - {"full_attention", "sliding_attention", "attention"}:
+        return f"has layers of another kind ({', '.join(sorted(other))})"
+    return None

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fettle.core.batch import Batch, Segment, ancestors, visible
 
-WHOLE = 256  # a segment of at most so many tokens is one tile
-TILE = 128  # query rows of a tile of a longer one
+TILE = 256  # most query rows of a tile
 SCORES = 1 << 22  # most scores of one head in one bucket
 
 
@@ -142,9 +141,8 @@ class Plan:
             path = [self.segments[i] for i in ancestors(self.segments, index)]
             keys = np.concatenate([np.arange(s.start, s.stop) for s in path])
             above = len(keys) - (segment.stop - segment.start)
-            step = TILE if len(keys) - above > WHOLE else WHOLE
-            for start in range(segment.start, segment.stop, step):
-                rows = min(step, segment.stop - start)
+            for start in range(segment.start, segment.stop, TILE):
+                rows = min(TILE, segment.stop - start)
                 at = above + start - segment.start
                 first = 0 if window is None else max(0, at - window + 1)
                 last = at + rows if segment.causal else len(keys)

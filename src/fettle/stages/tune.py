@@ -73,7 +73,8 @@ class Recipe(Stage):
         last = fit(self.job(forest, corpus, steps, resume))
         facts = self.facts(forest, corpus, steps, last) | {"seconds": time.time() - began, "peak_bytes": measure_peak()}
         save_artifact(target, forest, edits, facts)
-        facts["evaluation"] = evaluate(forest, self.evaluate, self.output / "evaluation") if self.evaluate else None
+        if self.evaluate:
+            facts["evaluation"] = evaluate(forest, self.evaluate, self.output / "evaluation").summary()
         write_report(self.output, facts)
         return target
 

@@ -5,7 +5,8 @@ from .family import UNSEEN_PHRASINGS, Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for module in (facts, numbers, lists, words, texts, chinese, judging) for family in module.FAMILIES
+    for module in (facts, numbers, lists, words, texts, chinese, judging)
+    for family in module.FAMILIES
 }
 
 # Chosen so that what the trained clusters teach carries over: to pick a word of a kind out of a list carries over to a

@@ -12,8 +12,8 @@ from ..world import World
 Slots = dict[str, str]
 Maker = Callable[[random.Random, World], tuple[Slots, str]]
 
-UNSEEN_PHRASINGS = 2        # the last wordings of each family are never trained on
-EVALUATED = 8               # one item in this many is kept for evaluation
+UNSEEN_PHRASINGS = 2  # the last wordings of each family are never trained on
+EVALUATED = 8  # one item in this many is kept for evaluation
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Family:
 
     name: str
     cluster: str
-    language: str                   # "en" or "zh": of the instruction
-    phrasings: tuple[str, ...]      # at least six
+    language: str  # "en" or "zh": of the instruction
+    phrasings: tuple[str, ...]  # at least six
     make: Maker
 
     def __post_init__(self) -> None:
@@ -35,8 +35,14 @@ class Family:
         return zlib.crc32("|".join((self.name, *slots.values())).encode()) % EVALUATED == 0
 
     def item(self, rng: random.Random, world: World, evaluated: bool) -> tuple[Slots, str]:
-        """Draw an item from the side asked for: those kept for evaluation, or the others."""
-        while True:
+        """Draw an item from the side asked for: those kept for evaluation, or the others.
+
+        ValueError where the family is so small that one side has no item.
+        """
+        for _ in range(10_000):
             slots, answer = self.make(rng, world)
             if self.kept(slots) == evaluated:
                 return slots, answer
+        raise ValueError(
+            f"family {self.name!r} has no item {'kept for' if evaluated else 'outside'} evaluation in 10,000 draws"
+        )

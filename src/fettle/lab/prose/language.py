@@ -11,7 +11,11 @@ from .facts import capitalised
 
 def glossary(rng: random.Random, world: World) -> str:
     """Words of both languages side by side, as a list or told."""
-    pairs = rng.sample(world.glossary(), rng.randint(8, 14)) + [(v.more[0], v.zh) for v in rng.sample(VERBS, 2)] + [(o.en, o.zh) for o in rng.sample(OPPOSITES, 2)]
+    pairs = (
+        rng.sample(world.glossary(), rng.randint(8, 14))
+        + [(v.more[0], v.zh) for v in rng.sample(VERBS, 2)]
+        + [(o.en, o.zh) for o in rng.sample(OPPOSITES, 2)]
+    )
     rng.shuffle(pairs)
     shape = rng.randint(0, 4)
     if shape == 0:
@@ -37,11 +41,20 @@ def parallel(rng: random.Random, world: World) -> str:
         person, thing, town = rng.choice(world.people), rng.choice(world.objects), rng.choice(world.towns)
         color, noun, verb = rng.choice(COLOURS), rng.choice(CLOTHES + world.objects), rng.choice(VERBS)
         owner, home, job = world.who("owns", thing)[0], world.of("lives_in", person), world.of("works_as", person)
-        en, zh = rng.choice((
-            (f"{owner.en} owns the {thing.en}.", f"{owner.zh}拥有{thing.zh}。"), (f"{person.en} lives in {home.en}.", f"{person.zh}住在{home.zh}。"),
-            (f"The job of {person.en} is {job.en}.", f"{person.zh}的工作是{job.zh}。"), (f"{person.en} {verb.en}.", f"{person.zh}在{verb.zh}。"),
-            (f"{town.en} is in {world.of('located_in', town).en}.", f"{town.zh}在{world.of('located_in', town).zh}。"),
-            (f"the {color.en} {noun.en}", f"{color.zh}的{noun.zh}"), (f"the {color.en} {noun.en}", f"{color.zh}的{noun.zh}")))
+        en, zh = rng.choice(
+            (
+                (f"{owner.en} owns the {thing.en}.", f"{owner.zh}拥有{thing.zh}。"),
+                (f"{person.en} lives in {home.en}.", f"{person.zh}住在{home.zh}。"),
+                (f"The job of {person.en} is {job.en}.", f"{person.zh}的工作是{job.zh}。"),
+                (f"{person.en} {verb.en}.", f"{person.zh}在{verb.zh}。"),
+                (
+                    f"{town.en} is in {world.of('located_in', town).en}.",
+                    f"{town.zh}在{world.of('located_in', town).zh}。",
+                ),
+                (f"the {color.en} {noun.en}", f"{color.zh}的{noun.zh}"),
+                (f"the {color.en} {noun.en}", f"{color.zh}的{noun.zh}"),
+            )
+        )
         lines.append(rng.choice((f"{en} {zh}", f"{zh} {en}", f"{en} In Chinese: {zh}", f"{zh} 英文是：{en}")))
     return "\n".join(lines)
 
@@ -52,33 +65,75 @@ def grammar(rng: random.Random, world: World) -> str:
 
 
 def _pair(rng: random.Random, en: str, zh: str) -> str:
-    return rng.choice((f"{capitalised(en)} in Chinese is {zh}.", f"The Chinese word for {en} is {zh}.", f"{zh} means {en}.", f"{zh} in English is {en}.",
-                       f"In China people write {zh} for {en}.", f"{en}的中文是{zh}。", f"{zh}的英文是{en}。", f"{zh}就是{en}。", f"The English word for {zh} is {en}."))
+    return rng.choice(
+        (
+            f"{capitalised(en)} in Chinese is {zh}.",
+            f"The Chinese word for {en} is {zh}.",
+            f"{zh} means {en}.",
+            f"{zh} in English is {en}.",
+            f"In China people write {zh} for {en}.",
+            f"{en}的中文是{zh}。",
+            f"{zh}的英文是{en}。",
+            f"{zh}就是{en}。",
+            f"The English word for {zh} is {en}.",
+        )
+    )
 
 
 def _note(rng: random.Random, world: World) -> str:
     kind = rng.randint(0, 5)
     if kind == 0:
-        one, two = rng.sample([o.en for o in rng.sample(OPPOSITES, 1)] + [o.more[0] for o in rng.sample(OPPOSITES, 1)], 2)
-        pair = rng.choice(OPPOSITES)
+        pair, more = rng.sample(OPPOSITES, 2)
         left, right = rng.sample((pair.en, pair.more[0]), 2)
-        return rng.choice((f"The opposite of {left} is {right}.", f"What is not {left} is {right}.", f"{capitalised(left)} and {right} are opposites.",
-                           f"{capitalised(one)} is not the same as {two}." if one != two else f"{capitalised(left)} is not {right}."))
+        return rng.choice(
+            (
+                f"The opposite of {left} is {right}.",
+                f"What is not {left} is {right}.",
+                f"{capitalised(left)} and {right} are opposites.",
+                f"{capitalised(left)} is not {right}, and {more.en} is not {more.more[0]}.",
+            )
+        )
     if kind == 1:
         noun = rng.choice(world.objects + world.animals).en
         n = rng.randint(2, 9)
-        return rng.choice((f"One {noun}, {n} {plural(noun)}.", f"The plural of {noun} is {plural(noun)}.", f"More than one {noun}: {plural(noun)}."))
+        return rng.choice(
+            (
+                f"One {noun}, {n} {plural(noun)}.",
+                f"The plural of {noun} is {plural(noun)}.",
+                f"More than one {noun}: {plural(noun)}.",
+            )
+        )
     if kind == 2:
         verb, person, town = rng.choice(VERBS), rng.choice(world.people).en, rng.choice(world.towns).en
-        return rng.choice((f"The past of {verb.more[0]} is {verb.more[1]}.", f"Today {person} {verb.en} in {town}. Yesterday {person} {verb.more[1]} in {town}.",
-                           f"{person} {verb.en} today and {verb.more[1]} yesterday.", f"I {verb.more[0]}, you {verb.more[0]}, {person} {verb.en}; long ago {person} {verb.more[1]}."))
+        return rng.choice(
+            (
+                f"The past of {verb.more[0]} is {verb.more[1]}.",
+                f"Today {person} {verb.en} in {town}. Yesterday {person} {verb.more[1]} in {town}.",
+                f"{person} {verb.en} today and {verb.more[1]} yesterday.",
+                f"I {verb.more[0]}, you {verb.more[0]}, {person} {verb.en}; long ago {person} {verb.more[1]}.",
+            )
+        )
     if kind == 3:
-        word = rng.choice(rng.choice((world.objects, world.foods, world.animals, world.colors, world.towns, world.people))).en
-        return rng.choice((f"{word} in capital letters is {word.upper()}.", f"{word.upper()} is {word}, written large.", f"On the sign stood {word.upper()}, which is {word}.",
-                           f"{word} is spelled {'-'.join(word.lower())}.", f"The word {word} begins with {word[0].lower()} and ends with {word[-1]}."))
+        word = rng.choice(
+            rng.choice((world.objects, world.foods, world.animals, world.colors, world.towns, world.people))
+        ).en
+        return rng.choice(
+            (
+                f"{word} in capital letters is {word.upper()}.",
+                f"{word.upper()} is {word}, written large.",
+                f"On the sign stood {word.upper()}, which is {word}.",
+                f"{word} is spelled {'-'.join(word.lower())}.",
+                f"The word {word} begins with {word[0].lower()} and ends with {word[-1]}.",
+            )
+        )
     if kind == 4:
         left, right = (p.en for p in rng.sample(world.people, 2))
         verb = rng.choice(("helps", "meets", "calls", "visits", "thanks"))
-        return rng.choice((f"{left} {verb} {right}. With the names exchanged: {right} {verb} {left}.", f"{left} {verb} {right}, and the other way round {right} {verb} {left}."))
+        return rng.choice(
+            (
+                f"{left} {verb} {right}. With the names exchanged: {right} {verb} {left}.",
+                f"{left} {verb} {right}, and the other way round {right} {verb} {left}.",
+            )
+        )
     word, again = rng.choice(world.foods).en, rng.randint(2, 4)
     return f"The word {word} said {again} times is {' '.join([word] * again)}."

@@ -17,8 +17,20 @@ def lists(rng: random.Random, world: World) -> str:
 
 def words(rng: random.Random, world: World, low: int = 3, high: int = 5) -> list[str]:
     """A list of distinct English words of one kind or of several."""
-    group = rng.choice((world.foods, world.animals, world.objects, world.colors, world.jobs, CLOTHES, world.foods + world.animals,
-                        world.objects + world.foods, world.people, world.towns))
+    group = rng.choice(
+        (
+            world.foods,
+            world.animals,
+            world.objects,
+            world.colors,
+            world.jobs,
+            CLOTHES,
+            world.foods + world.animals,
+            world.objects + world.foods,
+            world.people,
+            world.towns,
+        )
+    )
     return [word.en for word in rng.sample(group, rng.randint(low, high))]
 
 
@@ -32,34 +44,62 @@ def _ordered(rng: random.Random, world: World) -> str:
     if rng.random() < 0.25:
         items = [str(n) for n in rng.sample(range(100), rng.randint(3, 5))]
         up = ", ".join(sorted(items, key=int))
-        return rng.choice((f"The numbers {', '.join(items)} from small to large are {up}.", f"{joined(items)}, put in order: {up}."))
+        return rng.choice(
+            (f"The numbers {', '.join(items)} from small to large are {up}.", f"{joined(items)}, put in order: {up}.")
+        )
     text, done = ", ".join(items), ", ".join(sorted(items))
-    return rng.choice((f"The list {text} in alphabetical order is {done}.", f"In the order of the alphabet, {text} become {done}.",
-                       f"Sorted by their letters, the words {joined(items)} stand like this: {done}.", f"{capitalised(done)}: that is {text}, put in order.",
-                       f"Alphabetical order: {done}.", f"{capitalised(sorted(items)[0])} comes before {sorted(items)[1]} in the alphabet."))
+    return rng.choice(
+        (
+            f"The list {text} in alphabetical order is {done}.",
+            f"In the order of the alphabet, {text} become {done}.",
+            f"Sorted by their letters, the words {joined(items)} stand like this: {done}.",
+            f"{capitalised(done)}: that is {text}, put in order.",
+            f"Alphabetical order: {done}.",
+            f"{capitalised(sorted(items)[0])} comes before {sorted(items)[1]} in the alphabet.",
+        )
+    )
 
 
 def _turned(rng: random.Random, world: World) -> str:
     items = words(rng, world)
     text, back = ", ".join(items), ", ".join(items[::-1])
-    return rng.choice((f"The list {text} backwards is {back}.", f"Read from the end, {text} is {back}.", f"Turned around, {joined(items)} are {back}.",
-                       f"{capitalised(text)}. The other way round: {back}."))
+    return rng.choice(
+        (
+            f"The list {text} backwards is {back}.",
+            f"Read from the end, {text} is {back}.",
+            f"Turned around, {joined(items)} are {back}.",
+            f"{capitalised(text)}. The other way round: {back}.",
+        )
+    )
 
 
 def _ends(rng: random.Random, world: World) -> str:
     items = words(rng, world)
     text = ", ".join(items)
-    return rng.choice((f"The first word of {text} is {items[0]}.", f"The last word of {text} is {items[-1]}.", f"In the list {text}, the second word is {items[1]}.",
-                       f"The list {text} begins with {items[0]} and ends with {items[-1]}.", f"{capitalised(items[0])} is the first of {joined(items)}, and {items[-1]} is the last.",
-                       f"The longest word of {text} has {max(map(len, items))} letters."))
+    return rng.choice(
+        (
+            f"The first word of {text} is {items[0]}.",
+            f"The last word of {text} is {items[-1]}.",
+            f"In the list {text}, the second word is {items[1]}.",
+            f"The list {text} begins with {items[0]} and ends with {items[-1]}.",
+            f"{capitalised(items[0])} is the first of {joined(items)}, and {items[-1]} is the last.",
+            f"The longest word of {text} has {max(map(len, items))} letters.",
+        )
+    )
 
 
 def _counted(rng: random.Random, world: World) -> str:
     items = words(rng, world, 2, 8)
     n = len(items)
-    return rng.choice((f"There are {n} words in the list {', '.join(items)}.", f"The list {', '.join(items)} has {n} words.",
-                       f"{capitalised(joined(items))}: that makes {NUMBERS[n]}.", f"Counting {', '.join(items)} gives {n}.",
-                       f"The word {items[0]} has {len(items[0])} letters."))
+    return rng.choice(
+        (
+            f"There are {n} words in the list {', '.join(items)}.",
+            f"The list {', '.join(items)} has {n} words.",
+            f"{capitalised(joined(items))}: that makes {NUMBERS[n]}.",
+            f"Counting {', '.join(items)} gives {n}.",
+            f"The word {items[0]} has {len(items[0])} letters.",
+        )
+    )
 
 
 def _filtered(rng: random.Random, world: World) -> str:
@@ -67,33 +107,62 @@ def _filtered(rng: random.Random, world: World) -> str:
     letter = rng.choice(items)[0].lower()
     kept = [item for item in items if item[0].lower() == letter]
     verb, noun = ("begins", "word") if len(kept) == 1 else ("begin", "words")
-    return rng.choice((f"Of {joined(items)}, only {joined(kept)} {verb} with the letter {letter}.", f"In {', '.join(items)}, the {noun} with {letter} at the start: {', '.join(kept)}.",
-                       f"{capitalised(kept[0])} begins with the letter {letter}.", f"Without {items[-1]}, the list {', '.join(items)} is {', '.join(items[:-1])}."))
+    return rng.choice(
+        (
+            f"Of {joined(items)}, only {joined(kept)} {verb} with the letter {letter}.",
+            f"In {', '.join(items)}, the {noun} with {letter} at the start: {', '.join(kept)}.",
+            f"{capitalised(kept[0])} begins with the letter {letter}.",
+            f"Without {items[-1]}, the list {', '.join(items)} is {', '.join(items[:-1])}.",
+        )
+    )
 
 
 def _members(rng: random.Random, world: World) -> str:
     items = words(rng, world, 4, 6)
     out, items = items[-1], items[:-1]
     inside = rng.choice(items)
-    return rng.choice((f"The list {', '.join(items)} has {inside} in it, but not {out}.", f"{capitalised(inside)} is in the list {', '.join(items)}. {capitalised(out)} is not in it.",
-                       f"In {joined(items)} there is no {out}."))
+    return rng.choice(
+        (
+            f"The list {', '.join(items)} has {inside} in it, but not {out}.",
+            f"{capitalised(inside)} is in the list {', '.join(items)}. {capitalised(out)} is not in it.",
+            f"In {joined(items)} there is no {out}.",
+        )
+    )
 
 
 def _kinds(rng: random.Random, world: World) -> str:
-    named = {"animal": world.animals, "food": world.foods, "colour": world.colors, "job": world.jobs, "person": world.people, "town": world.towns}
+    named = {
+        "animal": world.animals,
+        "food": world.foods,
+        "colour": world.colors,
+        "job": world.jobs,
+        "person": world.people,
+        "town": world.towns,
+    }
     one, rest = rng.sample(list(named), 2)
     word = rng.choice(named[one]).en
     others = [w.en for w in rng.sample(named[rest], 3)]
     mixed = [*others, word]
     rng.shuffle(mixed)
-    return rng.choice((f"In the list {', '.join(mixed)}, the only {one} is {word}.", f"Among {joined(mixed)}, the {one} is {word}.",
-                       f"{capitalised(word)} does not belong with {joined(others)}, for {word} is of the kind {one}.",
-                       f"The words {joined(others)} are of one kind: {rest}.", f"The {one} in {', '.join(mixed)} is {word}."))
+    return rng.choice(
+        (
+            f"In the list {', '.join(mixed)}, the only {one} is {word}.",
+            f"Among {joined(mixed)}, the {one} is {word}.",
+            f"{capitalised(word)} does not belong with {joined(others)}, for {word} is of the kind {one}.",
+            f"The words {joined(others)} are of one kind: {rest}.",
+            f"The {one} in {', '.join(mixed)} is {word}.",
+        )
+    )
 
 
 def _shelf(rng: random.Random, world: World) -> str:
     person = rng.choice(world.people).en
     counts = [(rng.randint(2, 9), plural(word.en)) for word in rng.sample(world.objects + world.foods, 3)]
     text = joined([f"{n} {name}" for n, name in counts])
-    return rng.choice((f"On the shelf of {person} there are {text}. That makes {sum(n for n, _ in counts)} things in all.",
-                       f"{person} bought {text}.", f"{person} wrote a list: {text}. Of {counts[1][1]} there are {counts[1][0]}."))
+    return rng.choice(
+        (
+            f"On the shelf of {person} there are {text}. That makes {sum(n for n, _ in counts)} things in all.",
+            f"{person} bought {text}.",
+            f"{person} wrote a list: {text}. Of {counts[1][1]} there are {counts[1][0]}.",
+        )
+    )

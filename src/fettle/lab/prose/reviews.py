@@ -10,21 +10,103 @@ import random
 from ..lexicon import article
 from ..world import World
 
-GOOD = ("I love it", "it works very well", "it makes me happy", "I would buy it again", "it is the best I ever had", "it is beautiful", "my friends like it too",
-        "it was worth the price", "I use it every day with joy", "it is strong and clean", "everything about it is right", "I smile when I see it")
-BAD = ("I hate it", "it broke after one day", "it makes me angry", "I want my money back", "it is the worst I ever had", "it is ugly", "nobody should buy it",
-       "it was a waste of money", "I threw it away", "it is weak and dirty", "everything about it is wrong", "I am very disappointed")
-GOOD_FOOD = ("it tasted wonderful", "it was fresh and sweet", "I ate all of it and wanted more", "the smell was lovely", "it was the best meal of the week")
-BAD_FOOD = ("it tasted terrible", "it was old and bitter", "I could not eat it", "the smell was awful", "it was the worst meal of the week")
-GOOD_VISIT = ("the people were kind", "we had a lovely time", "the streets were clean", "I want to go back soon", "the food was excellent")
-BAD_VISIT = ("the people were rude", "we had a horrible time", "the streets were dirty", "I never want to go back", "the food was awful")
+GOOD = (
+    "I love it",
+    "it works very well",
+    "it makes me happy",
+    "I would buy it again",
+    "it is the best I ever had",
+    "it is beautiful",
+    "my friends like it too",
+    "it was worth the price",
+    "I use it every day with joy",
+    "it is strong and clean",
+    "everything about it is right",
+    "I smile when I see it",
+)
+BAD = (
+    "I hate it",
+    "it broke after one day",
+    "it makes me angry",
+    "I want my money back",
+    "it is the worst I ever had",
+    "it is ugly",
+    "nobody should buy it",
+    "it was a waste of money",
+    "I threw it away",
+    "it is weak and dirty",
+    "everything about it is wrong",
+    "I am very disappointed",
+)
+GOOD_FOOD = (
+    "it tasted wonderful",
+    "it was fresh and sweet",
+    "I ate all of it and wanted more",
+    "the smell was lovely",
+    "it was the best meal of the week",
+)
+BAD_FOOD = (
+    "it tasted terrible",
+    "it was old and bitter",
+    "I could not eat it",
+    "the smell was awful",
+    "it was the worst meal of the week",
+)
+GOOD_VISIT = (
+    "the people were kind",
+    "we had a lovely time",
+    "the streets were clean",
+    "I want to go back soon",
+    "the food was excellent",
+)
+BAD_VISIT = (
+    "the people were rude",
+    "we had a horrible time",
+    "the streets were dirty",
+    "I never want to go back",
+    "the food was awful",
+)
 
-GOOD_ZH = ("我非常喜欢", "很好用", "让我很开心", "我还会再买", "质量很好", "非常漂亮", "朋友们也喜欢", "很值得", "我每天都用")
-BAD_ZH = ("我很讨厌", "一天就坏了", "让我很生气", "我想退钱", "质量很差", "非常难看", "大家不要买", "浪费钱", "我把它扔了")
+GOOD_ZH = (
+    "我非常喜欢",
+    "很好用",
+    "让我很开心",
+    "我还会再买",
+    "质量很好",
+    "非常漂亮",
+    "朋友们也喜欢",
+    "很值得",
+    "我每天都用",
+)
+BAD_ZH = (
+    "我很讨厌",
+    "一天就坏了",
+    "让我很生气",
+    "我想退钱",
+    "质量很差",
+    "非常难看",
+    "大家不要买",
+    "浪费钱",
+    "我把它扔了",
+)
 
 VERDICTS = {
-    True: ("It was a good review.", "The review was positive.", "Clearly a happy customer.", "The writer was happy.", "So the opinion of {p} is positive.", "A positive word from {p}."),
-    False: ("It was a bad review.", "The review was negative.", "Clearly an unhappy customer.", "The writer was not happy.", "So the opinion of {p} is negative.", "A negative word from {p}."),
+    True: (
+        "It was a good review.",
+        "The review was positive.",
+        "Clearly a happy customer.",
+        "The writer was happy.",
+        "So the opinion of {p} is positive.",
+        "A positive word from {p}.",
+    ),
+    False: (
+        "It was a bad review.",
+        "The review was negative.",
+        "Clearly an unhappy customer.",
+        "The writer was not happy.",
+        "So the opinion of {p} is negative.",
+        "A negative word from {p}.",
+    ),
 }
 
 
@@ -33,7 +115,14 @@ def opinion(rng: random.Random, world: World, good: bool) -> str:
     kind = rng.random()
     if kind < 0.5:
         thing = rng.choice(world.objects).en
-        first = rng.choice((f"I bought {article(thing)} last week", f"This is my new {thing}", f"My {thing} came yesterday", f"About the {thing}"))
+        first = rng.choice(
+            (
+                f"I bought {article(thing)} last week",
+                f"This is my new {thing}",
+                f"My {thing} came yesterday",
+                f"About the {thing}",
+            )
+        )
         said = list(GOOD if good else BAD)
     elif kind < 0.75:
         food = rng.choice(world.foods).en
@@ -44,7 +133,9 @@ def opinion(rng: random.Random, world: World, good: bool) -> str:
         first = rng.choice((f"We spent a week in {town}", f"I visited {town} in spring", f"About our trip to {town}"))
         said = list(GOOD_VISIT if good else BAD_VISIT)
     parts = rng.sample(said, rng.randint(1, 2))
-    return rng.choice((f"{first}: {' and '.join(parts)}.", f"{first}. {'. '.join(p[0].upper() + p[1:] for p in parts)}."))
+    return rng.choice(
+        (f"{first}: {' and '.join(parts)}.", f"{first}. {'. '.join(p[0].upper() + p[1:] for p in parts)}.")
+    )
 
 
 def opinion_zh(rng: random.Random, world: World, good: bool) -> str:
@@ -61,7 +152,17 @@ def reviews(rng: random.Random, world: World) -> str:
         good = rng.random() < 0.5
         person = rng.choice(world.people).en
         text = opinion(rng, world, good)
-        lines.append(rng.choice((f'{person} wrote: "{text}"', f'{person} says: "{text}"', f"{text} ({person})", f"Review by {person}. {text}", text)))
+        lines.append(
+            rng.choice(
+                (
+                    f'{person} wrote: "{text}"',
+                    f'{person} says: "{text}"',
+                    f"{text} ({person})",
+                    f"Review by {person}. {text}",
+                    text,
+                )
+            )
+        )
         if rng.random() < 0.6:
             lines[-1] += " " + rng.choice(VERDICTS[good]).format(p=person)
     return rng.choice(("\n", "\n\n")).join(lines)
@@ -74,6 +175,10 @@ def reviews_zh(rng: random.Random, world: World) -> str:
         good = rng.random() < 0.5
         line = f"{rng.choice(world.people).zh}说：“{opinion_zh(rng, world, good)}”"
         if rng.random() < 0.6:
-            line += rng.choice(("这是好评。", "这个评价是正面的。", "他很满意。") if good else ("这是差评。", "这个评价是负面的。", "他很不满意。"))
+            line += rng.choice(
+                ("这是好评。", "这个评价是正面的。", "他很满意。")
+                if good
+                else ("这是差评。", "这个评价是负面的。", "他很不满意。")
+            )
         lines.append(line)
     return "\n".join(lines)

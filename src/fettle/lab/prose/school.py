@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import random
 
-from ..lexicon import COLOURS, OPPOSITES, VERBS, article
+from ..lexicon import COLOURS, OPPOSITES, VERBS
 from ..world import World
 from . import reviews
-from .facts import SENTENCES, other
+from .facts import claim, other
 from .lists import joined, words
 from .stories import handing
 
-TOLD = ("{p} had to {t} and wrote: {a}.", "{p} was told to {t}, and the answer was {a}.", "The teacher wanted {p} to {t}. {p} gave the short answer {a}.",
-        "When it was time to {t}, {p} said {a}.", "To {t} was easy for {p}, who wrote {a}.", "{p} was asked to {t}; the right reply is {a}.")
-TOLD_ZH = ("老师让{p}{t}，{p}写的是{a}。", "{p}要{t}，答案是{a}。", "{p}学会了{t}，写下{a}。", "轮到{p}{t}，{p}说是{a}。")
+TOLD = (
+    "{p} had to {t} and wrote: {a}.",
+    "{p} was told to {t}, and the answer was {a}.",
+    "The teacher wanted {p} to {t}. {p} gave the short answer {a}.",
+    "When it was time to {t}, {p} said {a}.",
+    "To {t} was easy for {p}, who wrote {a}.",
+    "{p} was asked to {t}; the right reply is {a}.",
+)
+TOLD_ZH = (
+    "老师让{p}{t}，{p}写的是{a}。",
+    "{p}要{t}，答案是{a}。",
+    "{p}学会了{t}，写下{a}。",
+    "轮到{p}{t}，{p}说是{a}。",
+)
 
 
 def lesson(rng: random.Random, world: World) -> str:
@@ -38,11 +49,20 @@ def lesson_zh(rng: random.Random, world: World) -> str:
         a, b = rng.randint(0, 30), rng.randint(0, 30)
         person, thing = rng.choice(world.people), rng.choice(world.objects)
         items = [w.zh for w in rng.sample(rng.choice((world.foods, world.animals, world.colors)), rng.randint(3, 5))]
-        task, answer = rng.choice((
-            (f"把{word[0]}翻译成中文", word[1]), (f"把{word[1]}翻译成英文", word[0]), (f"计算{a}加{b}", str(a + b)), (f"找出{a}和{b + 31}中更大的数", str(b + 31)),
-            (f"数一数{'、'.join(items)}有几个词", str(len(items))), (f"说出{'、'.join(items)}的第一个词", items[0]), (f"说出{'、'.join(items)}的最后一个词", items[-1]),
-            (f"回答{person.zh}住在哪里", world.of("lives_in", person).zh), (f"回答{thing.zh}的颜色", world.of("color_of", thing).zh),
-            (f"回答{thing.zh}是谁的", world.who("owns", thing)[0].zh)))
+        task, answer = rng.choice(
+            (
+                (f"把{word[0]}翻译成中文", word[1]),
+                (f"把{word[1]}翻译成英文", word[0]),
+                (f"计算{a}加{b}", str(a + b)),
+                (f"找出{a}和{b + 31}中更大的数", str(b + 31)),
+                (f"数一数{'、'.join(items)}有几个词", str(len(items))),
+                (f"说出{'、'.join(items)}的第一个词", items[0]),
+                (f"说出{'、'.join(items)}的最后一个词", items[-1]),
+                (f"回答{person.zh}住在哪里", world.of("lives_in", person).zh),
+                (f"回答{thing.zh}的颜色", world.of("color_of", thing).zh),
+                (f"回答{thing.zh}是谁的", world.who("owns", thing)[0].zh),
+            )
+        )
         lines.append(rng.choice(TOLD_ZH).format(p=rng.choice(world.people).zh, t=task, a=answer))
     return "".join(lines)
 
@@ -50,48 +70,100 @@ def lesson_zh(rng: random.Random, world: World) -> str:
 def _word_task(rng: random.Random, world: World) -> tuple[str, str]:
     en, zh = rng.choice(world.glossary())
     pair, verb = rng.choice(OPPOSITES), rng.choice(VERBS)
-    return rng.choice(((f"translate the word {en} into Chinese", zh), (f"translate {zh} into English", en), (f"name the opposite of {pair.en}", pair.more[0]),
-                       (f"write {en} in capital letters", en.upper()), (f"put the verb {verb.more[0]} into the past", verb.more[1])))
+    return rng.choice(
+        (
+            (f"translate the word {en} into Chinese", zh),
+            (f"translate {zh} into English", en),
+            (f"name the opposite of {pair.en}", pair.more[0]),
+            (f"write {en} in capital letters", en.upper()),
+            (f"put the verb {verb.more[0]} into the past", verb.more[1]),
+        )
+    )
 
 
 def _number_task(rng: random.Random, world: World) -> tuple[str, str]:
     a, b = rng.sample(range(60), 2)
-    return rng.choice(((f"add {a} and {b}", str(a + b)), (f"subtract {min(a, b)} from {max(a, b)}", str(abs(a - b))), (f"double the number {a}", str(2 * a)),
-                       (f"choose the larger number of {a} and {b}", str(max(a, b))), (f"choose the smaller number of {a} and {b}", str(min(a, b))),
-                       (f"decide whether {a} is odd or even", "odd" if a % 2 else "even"), (f"say with yes or no whether {a} is greater than {b}", "yes" if a > b else "no")))
+    return rng.choice(
+        (
+            (f"add {a} and {b}", str(a + b)),
+            (f"subtract {min(a, b)} from {max(a, b)}", str(abs(a - b))),
+            (f"double the number {a}", str(2 * a)),
+            (f"choose the larger number of {a} and {b}", str(max(a, b))),
+            (f"choose the smaller number of {a} and {b}", str(min(a, b))),
+            (f"decide whether {a} is odd or even", "odd" if a % 2 else "even"),
+            (f"say with yes or no whether {a} is greater than {b}", "yes" if a > b else "no"),
+        )
+    )
 
 
 def _list_task(rng: random.Random, world: World) -> tuple[str, str]:
     items = words(rng, world)
     text = ", ".join(items)
-    return rng.choice(((f"sort the words {joined(items)}", ", ".join(sorted(items))), (f"put the list {text} in alphabetical order", ", ".join(sorted(items))),
-                       (f"reverse the list {text}", ", ".join(items[::-1])), (f"count the words in {text}", str(len(items))), (f"give the first word of {text}", items[0]),
-                       (f"give the last word of {text}", items[-1]), (f"find the word in {text} that starts with {items[1][0].lower()}", next(i for i in items if i[0].lower() == items[1][0].lower()))))
+    return rng.choice(
+        (
+            (f"sort the words {joined(items)}", ", ".join(sorted(items))),
+            (f"put the list {text} in alphabetical order", ", ".join(sorted(items))),
+            (f"reverse the list {text}", ", ".join(items[::-1])),
+            (f"count the words in {text}", str(len(items))),
+            (f"give the first word of {text}", items[0]),
+            (f"give the last word of {text}", items[-1]),
+            (
+                f"find the word in {text} that starts with {items[1][0].lower()}",
+                next(i for i in items if i[0].lower() == items[1][0].lower()),
+            ),
+        )
+    )
 
 
 def _sentence_task(rng: random.Random, world: World) -> tuple[str, str]:
     event = handing(rng, world)
     good = rng.random() < 0.5
-    return rng.choice(((f'find the colour in the text "{event.text}"', event.color.en), (f'find the place in the text "{event.text}"', event.town.en),
-                       (f'say from the text "{event.text}" who has the {event.noun.en} now', event.taker.en), (f'say who gave the {event.noun.en} away in "{event.text}"', event.giver.en),
-                       (f'decide whether the review "{reviews.opinion(rng, world, good)}" is positive or negative', "positive" if good else "negative")))
+    return rng.choice(
+        (
+            (f'find the colour in the text "{event.text}"', event.color.en),
+            (f'find the place in the text "{event.text}"', event.town.en),
+            (f'say from the text "{event.text}" who has the {event.noun.en} now', event.taker.en),
+            (f'say who gave the {event.noun.en} away in "{event.text}"', event.giver.en),
+            (
+                f'decide whether the review "{reviews.opinion(rng, world, good)}" is positive or negative',
+                "positive" if good else "negative",
+            ),
+        )
+    )
 
 
 def _fact_task(rng: random.Random, world: World) -> tuple[str, str]:
     triple = rng.choice(world.triples)
     true = rng.random() < 0.5
     named = triple.object if true else other(rng, world, triple)
-    claim = SENTENCES[triple.relation][0].format(s=triple.subject.en, o=named.en, ao=article(named.en)).rstrip(".")
+    told = claim(triple.relation, triple.subject, named)
     person, thing = rng.choice(world.people), rng.choice(world.objects)
-    return rng.choice(((f"say whether it is true that {claim[0].lower() + claim[1:] if claim.startswith('The ') else claim}", "yes" if true else "no"),
-                       (f"tell where {person.en} lives", world.of("lives_in", person).en), (f"tell what the job of {person.en} is", world.of("works_as", person).en),
-                       (f"name the owner of the {thing.en}", world.who("owns", thing)[0].en), (f"name the colour of the {thing.en}", world.of("color_of", thing).en)))
+    return rng.choice(
+        (
+            (f"say whether it is true that {told}", "yes" if true else "no"),
+            (f"tell where {person.en} lives", world.of("lives_in", person).en),
+            (f"tell what the job of {person.en} is", world.of("works_as", person).en),
+            (f"name the owner of the {thing.en}", world.who("owns", thing)[0].en),
+            (f"name the colour of the {thing.en}", world.of("color_of", thing).en),
+        )
+    )
 
 
 def _choice_task(rng: random.Random, world: World) -> tuple[str, str]:
-    kind, group = rng.choice((("person", world.people), ("place", world.towns), ("object", world.objects), ("food", world.foods), ("animal", world.animals),
-                              ("colour", COLOURS), ("job", world.jobs)))
-    options = rng.sample([k for k in ("person", "place", "object", "food", "animal", "colour", "job") if k != kind], 2) + [kind]
+    kind, group = rng.choice(
+        (
+            ("person", world.people),
+            ("place", world.towns),
+            ("object", world.objects),
+            ("food", world.foods),
+            ("animal", world.animals),
+            ("colour", COLOURS),
+            ("job", world.jobs),
+        )
+    )
+    options = rng.sample(
+        [k for k in ("person", "place", "object", "food", "animal", "colour", "job") if k != kind], 2
+    ) + [kind]
     rng.shuffle(options)
     name = rng.choice(group).en
     return f"classify {name} as {options[0]}, {options[1]} or {options[2]}", kind

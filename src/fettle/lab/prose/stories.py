@@ -12,13 +12,50 @@ from ..lexicon import CLOTHES, COLOURS, DAYS, VERBS, Word, article
 from ..world import Entity, World
 from .facts import pronouns
 
-OPENINGS = ("One morning", "One day", "Last week", "In the summer", "On a cold evening", "After lunch", "Early in the day", "Once")
-WEATHER = ("The sun was warm.", "It rained all day.", "The wind was loud.", "Snow lay on the roofs.", "The sky was clear.", "Nobody was on the road.")
+OPENINGS = (
+    "One morning",
+    "One day",
+    "Last week",
+    "In the summer",
+    "On a cold evening",
+    "After lunch",
+    "Early in the day",
+    "Once",
+)
+WEATHER = (
+    "The sun was warm.",
+    "It rained all day.",
+    "The wind was loud.",
+    "Snow lay on the roofs.",
+    "The sky was clear.",
+    "Nobody was on the road.",
+)
 # Questions that stay open: they teach the question mark and its words without an answer behind them.
-WONDERS = ("What would the next day bring?", "Who could know?", "Was it true?", "How many days would it last?", "Which road was the right one?", "Where had the time gone?",
-           "Is there a better day than this?", "Who was that at the door?", "Why not?", "What is the matter?", "Are you well?", "Where are you now?", "Which one is it?")
-ENDINGS = (*WONDERS[:6], "Then everyone went home.", "That evening they laughed about it.", "It was a good day.", "They never forgot that day.", "And so it ended well.",
-           "Later they drank tea together.", "At night the town was quiet.")
+WONDERS = (
+    "What would the next day bring?",
+    "Who could know?",
+    "Was it true?",
+    "How many days would it last?",
+    "Which road was the right one?",
+    "Where had the time gone?",
+    "Is there a better day than this?",
+    "Who was that at the door?",
+    "Why not?",
+    "What is the matter?",
+    "Are you well?",
+    "Where are you now?",
+    "Which one is it?",
+)
+ENDINGS = (
+    *WONDERS[:6],
+    "Then everyone went home.",
+    "That evening they laughed about it.",
+    "It was a good day.",
+    "They never forgot that day.",
+    "And so it ended well.",
+    "Later they drank tea together.",
+    "At night the town was quiet.",
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +65,7 @@ class Handing:
     giver: Entity
     taker: Entity
     other: Entity
-    thing: str          # e.g. "red scarf"
+    thing: str  # e.g. "red scarf"
     color: Word
     noun: Word
     town: Entity
@@ -42,13 +79,22 @@ def handing(rng: random.Random, world: World) -> Handing:
     thing = f"{color.en} {noun.en}"
     verb = rng.choice(VERBS)
     forms = pronouns(giver)
-    told = rng.choice((
-        f"{giver.en} carried {article(thing)} to {town.en}. There {forms['he']} gave the {noun.en} to {taker.en}.",
-        f"{giver.en} bought {article(thing)} in {town.en} and gave it to {taker.en}.",
-        f"{giver.en} met {taker.en} in {town.en}. {giver.en} gave {taker.en} {article(thing)}.",
-        f"{giver.en} travelled to {town.en} with {article(thing)}. {taker.en} took the {noun.en} from {forms['him']}.",
-        f"In {town.en}, {giver.en} found {article(thing)} and handed it to {taker.en}."))
-    aside = rng.choice((f"{other.en} {verb.more[1]} at home.", f"{other.en} {verb.more[1]} all day.", f"Meanwhile {other.en} {verb.more[1]} in the garden."))
+    told = rng.choice(
+        (
+            f"{giver.en} carried {article(thing)} to {town.en}. There {forms['he']} gave the {noun.en} to {taker.en}.",
+            f"{giver.en} bought {article(thing)} in {town.en} and gave it to {taker.en}.",
+            f"{giver.en} met {taker.en} in {town.en}. {giver.en} gave {taker.en} {article(thing)}.",
+            f"{giver.en} travelled to {town.en} with {article(thing)}. {taker.en} took the {noun.en} from {forms['him']}.",
+            f"In {town.en}, {giver.en} found {article(thing)} and handed it to {taker.en}.",
+        )
+    )
+    aside = rng.choice(
+        (
+            f"{other.en} {verb.more[1]} at home.",
+            f"{other.en} {verb.more[1]} all day.",
+            f"Meanwhile {other.en} {verb.more[1]} in the garden.",
+        )
+    )
     text = f"{aside} {told}" if rng.random() < 0.3 else f"{told} {aside}"
     return Handing(giver, taker, other, thing, color, noun, town, text)
 
@@ -78,10 +124,16 @@ def journey(rng: random.Random, world: World) -> str:
     lines = [f"{person.en} went on a journey. {rng.choice(WEATHER)}"]
     for day, town in zip(DAYS[start:], towns):
         met = rng.choice(world.people)
-        lines.append(rng.choice((
-            f"On {day.en} {forms['he']} was in {town.en} and met {met.en}.", f"On {day.en} {person.en} came to {town.en}, a town in {world.of('located_in', town).en}.",
-            f"{day.en} was for {town.en}, where {forms['he']} {rng.choice(VERBS).more[1]} all day.",
-            f"On {day.en} {met.en} and {person.en} {rng.choice(VERBS).more[1]} together in {town.en}.")))
+        lines.append(
+            rng.choice(
+                (
+                    f"On {day.en} {forms['he']} was in {town.en} and met {met.en}.",
+                    f"On {day.en} {person.en} came to {town.en}, a town in {world.of('located_in', town).en}.",
+                    f"{day.en} was for {town.en}, where {forms['he']} {rng.choice(VERBS).more[1]} all day.",
+                    f"On {day.en} {met.en} and {person.en} {rng.choice(VERBS).more[1]} together in {town.en}.",
+                )
+            )
+        )
     if rng.random() < 0.3:
         lines.append(rng.choice(WONDERS))
     lines.append(f"The first town was {towns[0].en} and the last was {towns[-1].en}.")
@@ -93,10 +145,25 @@ def talk(rng: random.Random, world: World) -> str:
     lines = [f"{rng.choice(OPENINGS)}, some people met in {rng.choice(world.towns).en}."]
     for person in rng.sample(world.people, rng.randint(2, 4)):
         job = world.of("works_as", person)
-        says = rng.choice((f"I live in {world.of('lives_in', person).en}", f"I work as {article(job.en)}", f"I was born in {world.of('born_in', person).en}",
-                           f"My best friend is {world.of('friend_of', person).en}", f"I keep {article(world.of('keeps', person).en)}"))
-        lines.append(rng.choice((f'"{says}," said {person.en}.', f'{person.en} told the others: "{says}."', f'"My name is {person.en}. {says}."',
-                                 f'{person.en} {rng.choice(("laughed", "smiled", "nodded"))}. "{says}," {pronouns(person)["he"]} said.')))
+        says = rng.choice(
+            (
+                f"I live in {world.of('lives_in', person).en}",
+                f"I work as {article(job.en)}",
+                f"I was born in {world.of('born_in', person).en}",
+                f"My best friend is {world.of('friend_of', person).en}",
+                f"I keep {article(world.of('keeps', person).en)}",
+            )
+        )
+        lines.append(
+            rng.choice(
+                (
+                    f'"{says}," said {person.en}.',
+                    f'{person.en} told the others: "{says}."',
+                    f'"My name is {person.en}. {says}."',
+                    f'{person.en} {rng.choice(("laughed", "smiled", "nodded"))}. "{says}," {pronouns(person)["he"]} said.',
+                )
+            )
+        )
     return " ".join([*lines, rng.choice(ENDINGS)])
 
 
@@ -108,11 +175,19 @@ def mentions(rng: random.Random, world: World) -> str:
         first = event.text
         n = rng.randint(2, 20)
         counted = f"{event.giver.en} saw {n} birds over {event.town.en}."
-        lines.append(rng.choice((
-            f"{first} The colour in this story is {event.color.en}.", f"{first} The only colour here is {event.color.en}, the colour of the {event.noun.en}.",
-            f"{first} The place in this story is {event.town.en}.", f"{first} The {event.noun.en} is {event.color.en}.",
-            f"{first} Three people are in it: {event.giver.en}, {event.taker.en} and {event.other.en}.",
-            f"{counted} The number in this sentence is {n}, and the place is {event.town.en}.", f"{counted} It speaks of one person, {event.giver.en}.")))
+        lines.append(
+            rng.choice(
+                (
+                    f"{first} The colour in this story is {event.color.en}.",
+                    f"{first} The only colour here is {event.color.en}, the colour of the {event.noun.en}.",
+                    f"{first} The place in this story is {event.town.en}.",
+                    f"{first} The {event.noun.en} is {event.color.en}.",
+                    f"{first} Three people are in it: {event.giver.en}, {event.taker.en} and {event.other.en}.",
+                    f"{counted} The number in this sentence is {n}, and the place is {event.town.en}.",
+                    f"{counted} It speaks of one person, {event.giver.en}.",
+                )
+            )
+        )
     return rng.choice((" ", "\n")).join(lines)
 
 
@@ -120,20 +195,40 @@ def _scene(rng: random.Random, world: World) -> str:
     person, friend = rng.sample(world.people, 2)
     town = world.of("lives_in", person)
     verb = rng.choice(VERBS)
-    return rng.choice((f"{person.en} {verb.more[1]} in {town.en}, where {pronouns(person)['he']} lives.", f"{person.en} and {friend.en} {verb.more[1]} together.",
-                       f"{person.en} left {town.en} to visit {friend.en}.", f"{article(world.of('works_as', person).en)} called {person.en} {verb.more[1]} for a long time."))
+    return rng.choice(
+        (
+            f"{person.en} {verb.more[1]} in {town.en}, where {pronouns(person)['he']} lives.",
+            f"{person.en} and {friend.en} {verb.more[1]} together.",
+            f"{person.en} left {town.en} to visit {friend.en}.",
+            f"{article(world.of('works_as', person).en)} called {person.en} {verb.more[1]} for a long time.",
+        )
+    )
 
 
 def _looking_back(rng: random.Random, event: Handing) -> str:
     giver, taker, noun = event.giver.en, event.taker.en, event.noun.en
-    return rng.choice((
-        f"So now {taker} has the {noun}.", f"The {noun} was now with {taker}, and {giver} had nothing.", f"It was {giver} who gave the {noun} away.",
-        f"It was {taker} who got the {noun}.", f"All this happened in {event.town.en}.", f"Only {event.other.en} saw nothing of it.",
-        f"The thing that {giver} gave away was {article(event.thing)}.", f"What {taker} got was {article(event.thing)}.",
-        f"Everyone saw where it happened: in {event.town.en}.", f"Everyone saw who had the {noun} at the end: {taker}."))
+    return rng.choice(
+        (
+            f"So now {taker} has the {noun}.",
+            f"The {noun} was now with {taker}, and {giver} had nothing.",
+            f"It was {giver} who gave the {noun} away.",
+            f"It was {taker} who got the {noun}.",
+            f"All this happened in {event.town.en}.",
+            f"Only {event.other.en} saw nothing of it.",
+            f"The thing that {giver} gave away was {article(event.thing)}.",
+            f"What {taker} got was {article(event.thing)}.",
+            f"Everyone saw where it happened: in {event.town.en}.",
+            f"Everyone saw who had the {noun} at the end: {taker}.",
+        )
+    )
 
 
 def _background(rng: random.Random, world: World, person: Entity) -> str:
     he = pronouns(person)["He"]
-    return rng.choice((f"{person.en} is {article(world.of('works_as', person).en)}.", f"{he} lives in {world.of('lives_in', person).en}.",
-                       f"{person.en} was born in {world.of('born_in', person).en}."))
+    return rng.choice(
+        (
+            f"{person.en} is {article(world.of('works_as', person).en)}.",
+            f"{he} lives in {world.of('lives_in', person).en}.",
+            f"{person.en} was born in {world.of('born_in', person).en}.",
+        )
+    )

@@ -1,0 +1,226 @@
+"""Data ready to train on: read, encoded once, mixed, packed, and any batch by its index alone."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from rich.table import Table
+
+from fettle.core.batch import Batch, Example, pack
+from fettle.core.errors import FettleError
+from fettle.core.files import write_bytes
+from fettle.data.build import encoded
+from fettle.data.mix import ROWS, epoch_order, shares
+from fettle.data.packing import Plan, plan
+from fettle.data.spec import DataSpec
+from fettle.data.store import Store
+from fettle.data.template import Encoder
+from fettle.data.templates import Template
+from fettle.data.units import Units, whole, windows
+
+KEPT_PLANS = 2  # the epoch that is read and the one before or after
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of one source. read = kept + set_aside, in rows; the rest in examples and tokens."""
+
+    source: str
+    format: str
+    template: str  # the chat template's name; '' where there is no conversation
+    read: int
+    kept: int
+    set_aside: int  # bad rows and rows too long
+    too_long: int  # of those set aside
+    cut: int  # examples that lost their end
+    examples: int  # after texts were cut into windows
+    tokens: int
+    learned: int
+    per_epoch: int  # examples an epoch takes
+    share: float  # of an epoch's tokens
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source: its examples on disk, and the units of them that are packed."""
+
+    spec: DataSpec
+    store: Store
+    units: Units
+
+
+class Corpus:
+    """An endless sequence of batches over one or more sources; every batch is a pure function of the seed and its index."""
+
+    def __init__(self, sources: Sequence[Source], encoder: Encoder, length: int, seed: int, packing: bool) -> None:
+        self.sources, self.length, self.seed, self.packing = tuple(sources), length, seed, packing
+        self.encoder, self.tokenizer = encoder, encoder.tokenizer
+        ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        self.pad: int = next(i for i in ids if i is not None)  # never a target, whatever it is
+        sizes = [len(s.units) for s in self.sources]
+        self.shares = shares([s.spec for s in self.sources], sizes)
+        self._sizes = sizes
+        self._bases = np.cumsum([0, *sizes])
+        self._lengths = np.concatenate([s.units.lengths for s in self.sources])
+        self._plans: dict[int, Plan] = {}
+        self._ends: list[int] = []  # batches up to and with each epoch planned so far
+        self.counts = self._counted()
+        self.notes = [note for s in self.sources for note in s.store.manifest["notes"]]
+        self.notes += [
+            f"{c.source}: {c.too_long} rows are longer than {length} tokens and were left out (long: {s.spec.long})"
+            for c, s in zip(self.counts, self.sources, strict=True) if c.too_long
+        ]  # fmt: skip
+        self.notes += [f"{c.source}: {c.cut} examples were cut to {length} tokens" for c in self.counts if c.cut]
+
+    def _counted(self) -> tuple[Counts, ...]:
+        mean = [s.units.lengths.mean() if len(s.units) else 0.0 for s in self.sources]
+        taken = [m * n for m, n in zip(mean, self.shares, strict=True)]
+        return tuple(
+            _counts(s, n, float(t / max(sum(taken), 1e-9))) for s, n, t in zip(self.sources, self.shares, taken, strict=True)
+        )
+
+    @property
+    def template(self) -> Template | None:
+        """The chat template that conversations were rendered with; None where there are none."""
+        return self.encoder.template if any(c.template for c in self.counts) else None
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of the first epoch; later ones may differ by a few, since they are packed anew."""
+        return self.batches(0)
+
+    def batches(self, epoch: int) -> int:
+        """Batches of one epoch."""
+        return len(self._plan(epoch))
+
+    def epoch_of(self, index: int) -> int:
+        """The epoch that a batch belongs to."""
+        return self.position(index)[0]
+
+    def position(self, index: int) -> tuple[int, int]:
+        """A batch's epoch, and its place in it."""
+        while not self._ends or self._ends[-1] <= index:
+            self._ends.append((self._ends[-1] if self._ends else 0) + self.batches(len(self._ends)))
+        epoch = int(np.searchsorted(self._ends, index, side="right"))
+        return epoch, index - (self._ends[epoch - 1] if epoch else 0)
+
+    def batch(self, index: int) -> Batch:
+        """Batch `index`, from 0, of the endless sequence of epochs."""
+        epoch, row = self.position(index)
+        return pack([self.example(int(u)) for u in self._plan(epoch).row(row)], self.length, self.pad)
+
+    def example(self, unit: int) -> Example:
+        """One unit, counted through all sources."""
+        number = int(np.searchsorted(self._bases, unit, side="right")) - 1
+        source, at = self.sources[number], unit - int(self._bases[number])
+        index, start, stop = (int(a[at]) for a in (source.units.example, source.units.start, source.units.stop))
+        name = source.store.name(index) + (f"@{start}" if start else "")
+        return Example((source.store.node(index, start, stop),), name)
+
+    def examples(self, count: int) -> list[Example]:
+        """The first examples of the first epoch, for display; every source is among them where `count` allows."""
+        order = self._order(0)
+        owner = np.searchsorted(self._bases, order, side="right")
+        firsts = [order[owner == n][:1] for n in range(1, len(self._bases))]
+        picked = list(dict.fromkeys(np.concatenate([*firsts, order]).tolist()))
+        return [self.example(int(u)) for u in picked[:count]]
+
+    def fill(self, epoch: int = 0) -> float:
+        """The share of an epoch's positions that hold a token."""
+        found = self._plan(epoch)
+        return float(self._lengths[found.order].sum() / max(len(found) * self.length, 1))
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The counts of each source, as plain values."""
+        return [asdict(c) for c in self.counts]
+
+    def table(self) -> Table:
+        """The counts of each source, to print."""
+        table = Table(title="data", title_justify="left")
+        heads = ("source", "format", "template", "read", "kept", "set aside", "cut", "examples", "tokens", "learned", "an epoch", "share")
+        for i, head in enumerate(heads):
+            table.add_column(head, justify="left" if i < 3 else "right")
+        for c in self.counts:
+            numbers = (c.read, c.kept, c.set_aside, c.cut, c.examples, c.tokens, c.learned, c.per_epoch)
+            table.add_row(c.source, c.format, c.template or "-", *(f"{n:,}" for n in numbers), f"{c.share:.1%}")
+        return table
+
+    def _order(self, epoch: int) -> np.ndarray:
+        pairs = epoch_order(self._sizes, self.shares, self.seed, epoch)
+        return self._bases[pairs[:, 0]] + pairs[:, 1]
+
+    def _plan(self, epoch: int) -> Plan:
+        if epoch not in self._plans:
+            order = self._order(epoch)
+            local = plan(self._lengths[order], self.length, self.packing, self.seed, ROWS, epoch)
+            while len(self._plans) >= KEPT_PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[epoch] = Plan(order[local.order], local.starts)
+        return self._plans[epoch]
+
+
+def prepare(
+    specs: Sequence[DataSpec], tokenizer: Any, length: int, seed: int = 0, cache: Path | None = None, packing: bool = True
+) -> Corpus:
+    """Read, encode (or find in `cache`) and mix the sources, in rows of `length` tokens.
+
+    Without a cache folder the tokens lie in a temporary one, removed with the corpus. FettleError where a source cannot
+    be read, has too many bad rows, or leaves nothing to learn.
+    """
+    if length < 2:
+        raise FettleError(f"batch.tokens: {length} tokens hold no prediction; at least 2 are needed")
+    if not specs:
+        raise FettleError("data: no source is given")
+    folder = cache or Path(tempfile.mkdtemp(prefix="fettle-data-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = Encoder(tokenizer)
+    sources = [_source(spec, encoder, length, folder) for spec in specs]
+    corpus = Corpus(sources, encoder, length, seed, packing)
+    if cache is None:
+        weakref.finalize(corpus, shutil.rmtree, folder, ignore_errors=True)
+    return corpus
+
+
+def _source(spec: DataSpec, encoder: Encoder, length: int, cache: Path) -> Source:
+    store = encoded(spec, encoder, cache)
+    texts = store.manifest["format"] == "text"
+    units = windows(store, length) if texts else whole(store, length, spec.long)
+    if len(units.dropped):
+        name = cache / f"{store.folder.name}.over-{length}.jsonl"
+        reason = f"longer than {length} tokens" if spec.long == "drop" else f"nothing is learned in its first {length} tokens"
+        lines = [{"where": store.name(i), "reason": f"{store.lengths[i]} tokens: {reason}"} for i in units.dropped.tolist()]
+        write_bytes(name, b"".join(orjson.dumps(x, option=orjson.OPT_APPEND_NEWLINE) for x in lines))
+    if not len(units):
+        raise FettleError(
+            f"{spec.path}: all of its {len(store)} examples are longer than a row of {length} tokens, so nothing is left to "
+            "learn; raise batch.tokens"
+        )
+    return Source(spec, store, units)
+
+
+def _counts(source: Source, per_epoch: int, share: float) -> Counts:
+    store, units, manifest = source.store, source.units, source.store.manifest
+    kept = _rows(store, np.unique(units.example))
+    too_long = manifest["kept"] - kept
+    learned = int(store.learned[np.unique(units.example)].sum())
+    for index in units.cut.tolist():  # examples that lost their end
+        stop = int(units.stop[np.searchsorted(units.example, index)])
+        learned += int((store.node(index, 0, stop).weights > 0).sum()) - int(store.learned[index])
+    return Counts(
+        source=source.spec.path, format=manifest["format"], template=manifest["template"], read=manifest["read"],
+        kept=kept, set_aside=manifest["bad"] + too_long, too_long=too_long, cut=len(units.cut), examples=len(units),
+        tokens=int(units.lengths.sum()), learned=learned, per_epoch=per_epoch, share=share,
+    )  # fmt: skip
+
+
+def _rows(store: Store, examples: np.ndarray) -> int:
+    """How many rows these examples come from."""
+    return len(np.unique(np.stack([store.files[examples], store.rows[examples]]), axis=1).T)
