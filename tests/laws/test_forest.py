@@ -105,6 +105,7 @@ def alone(model: nn.Module, batch: Batch) -> Tensor:
             mask = torch.ones(n, n, dtype=torch.bool).tril()
             mask[:free, :free] = True
             low = torch.finfo(torch.float64).min
+            extra["position_ids"] = torch.arange(n)[None]
             extra["attention_mask"] = torch.zeros(1, 1, n, n, dtype=torch.float64).masked_fill(~mask, low)
         out = model(input_ids=batch.tokens[index][None], use_cache=False, **extra).logits[0].double()
         new = torch.tensor([int(t) not in seen for t in index])

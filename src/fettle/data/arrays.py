@@ -165,7 +165,9 @@ def _torn(window: _Window, line: int) -> Element:
             cut = len(rest) - 1 if len(rest) > 1 and rest.endswith(b"]") else window.size
             break
     data = window.cut(cut)
-    problem = TORN if found else f"{TORN}; where the next row begins cannot be told" if not window.broken else window.broken
+    problem = (
+        TORN if found else f"{TORN}; where the next row begins cannot be told" if not window.broken else window.broken
+    )
     if size:
         return Element(line, head, f"a row of over {size} bytes that does not close; the most is {MAX_ROW}")
     return Element(line, data, problem)

@@ -30,6 +30,7 @@ VERSION = 1  # raised whenever the same data would be encoded otherwise
 LOOK = 32  # rows that tell a format
 CHUNK, CHUNK_CHARACTERS = 1024, 4 << 20
 SHOWN = 10  # bad rows named in full
+UNFILLED = re.compile(r"\{\{ *\w+ *\}\}")
 HOPELESS = 1000  # bad rows without a single good one
 
 
@@ -42,7 +43,9 @@ def encoded(spec: DataSpec, encoder: Encoder, cache: Path) -> Store:
 
 
 def _key(spec: DataSpec, encoder: Encoder) -> str:
-    decides = spec.model_dump(include={"path", "format", "template", "chat", "learn", "documents", "limit", "name", "split", "revision"})
+    decides = spec.model_dump(
+        include={"path", "format", "template", "chat", "learn", "documents", "limit", "name", "split", "revision"}
+    )
     # max_bad decides whether there is a store at all, so it belongs to the key too
     if spec.is_hub:
         content: Any = hub.commit(spec)
@@ -80,7 +83,13 @@ def _progress(spec: DataSpec) -> Iterator[Any]:
     """A bar over the bytes of the files, on a terminal; gives the function that moves it."""
     total = None if spec.is_hub else sum(file.stat().st_size for file in files(spec.path))
     console = Console(stderr=True)
-    columns = (TextColumn("reading {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("MB"), TimeRemainingColumn())
+    columns = (
+        TextColumn("reading {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("MB"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(spec.path, total=total and total / 1e6)
         yield lambda size: bar.advance(task, size / 1e6)
@@ -92,10 +101,10 @@ class _Build:
     def __init__(self, spec: DataSpec, encoder: Encoder, writer: Writer) -> None:
         self.spec, self.encoder, self.writer = spec, encoder, writer
         self.format = ""
-        self.read = self.kept = self.bad = self.control = self.learned = 0
+        self.read = self.kept = self.bad = self.control = self.unfilled = 0
         self.reasons: list[str] = []
         self.notes: list[str] = []
-        self.chats = False
+        self.chats = self.tools = False
         self.columns: set[str] = set()
         self.marks = encoder.control_tokens()
 
@@ -138,8 +147,15 @@ class _Build:
             else:
                 self.kept += 1
                 self.chats = self.chats or sample.kind == "chat"
-                self.control += any(self.marks.search(text) for text in strings(row.value)) if self.marks else 0
+                self.tools = self.tools or bool(sample.tools)
+                self._look(row)
                 self.writer.add(row.where, found)
+
+    def _look(self, row: Row) -> None:
+        """Count what is probably not meant, though it can be learned."""
+        texts = list(strings(row.value))
+        self.control += any(self.marks.search(text) for text in texts) if self.marks else 0
+        self.unfilled += any("{{" in text and UNFILLED.search(text) for text in texts)
 
     def _samples(self, rows: list[Row]) -> list[Sample | str]:
         found: list[Sample | str] = []
@@ -172,10 +188,17 @@ class _Build:
             return "the template's text holds '|||' more than once"
         row = {"prompt": parts[0], "completion": parts[1]} if len(parts) == 2 else {"text": parts[0]}
         try:
-            sample = to_sample(row | ({"weight": value["weight"]} if "weight" in value else {}), "completion" if len(parts) == 2 else "text")
+            sample = to_sample(
+                row | ({"weight": value["weight"]} if "weight" in value else {}),
+                "completion" if len(parts) == 2 else "text",
+            )
             return self._dressed(sample, default=True)
         except BadRow as problem:
-            return str(problem).replace("'completion' is", "the part after '|||' is").replace("'text' is", "the template's text is")
+            return (
+                str(problem)
+                .replace("'completion' is", "the part after '|||' is")
+                .replace("'text' is", "the template's text is")
+            )
 
     def _dressed(self, sample: Sample, default: bool) -> Sample:
         """A prompt and its completion as a conversation, where the recipe wants that."""
@@ -214,7 +237,9 @@ class _Build:
         kept = folder.with_name(f"{folder.name}.{ASIDE}")
         write_bytes(kept, (self.writer.folder / ASIDE).read_bytes())
         more = f"\n  ... and {self.bad - len(self.reasons)} more" if self.bad > len(self.reasons) else ""
-        return FettleError(str(error) + "".join(f"\n  {r}" for r in self.reasons) + more + f"\n  all of them, with reasons: {kept}")
+        return FettleError(
+            str(error) + "".join(f"\n  {r}" for r in self.reasons) + more + f"\n  all of them, with reasons: {kept}"
+        )
 
     def manifest(self, folder: Path) -> dict[str, Any]:
         """What is kept beside the arrays."""
@@ -222,20 +247,42 @@ class _Build:
             self.notes += self.reasons
             self.notes.append(f"{self.spec.path}: {self.bad} of {self.read} rows set aside in {folder / ASIDE}")
         if self.control:
-            self.notes.append(f"{self.spec.path}: {self.control} rows hold a control token of the tokenizer in their text")
+            self.notes.append(
+                f"{self.spec.path}: {self.control} rows hold a control token of the tokenizer in their text"
+            )
+        if self.tools and "tools" not in self.encoder.template.of(True):
+            self.notes.append(f"{self.spec.path}: the chat template knows no functions; they and their calls are written as text")
+        if self.unfilled:
+            self.notes.append(
+                f"{self.spec.path}: {self.unfilled} rows hold a place to fill in, such as {{{{name}}}}, which would be learned as it is"
+            )
         if self.format == "text" and not self.spec.is_hub:
             self.notes += self._documents()
         template = self.encoder.template.name if self.chats else ""
         kind = "text" if self.format == "template" and not self.chats and not self._answers() else self.format
-        return {"read": self.read, "kept": self.kept, "bad": self.bad, "format": kind, "template": template, "notes": self.notes}
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "bad": self.bad,
+            "format": kind,
+            "template": template,
+            "notes": self.notes,
+        }
 
     def _answers(self) -> bool:
         return "|||" in (self.spec.template or "")
 
     def _documents(self) -> list[str]:
-        names = {"line": "one document a line", "block": "one document a block between blank lines", "file": "the file is one document"}
+        names = {
+            "line": "one document a line",
+            "block": "one document a block between blank lines",
+            "file": "the file is one document",
+        }
         texts = [file for file in files(self.spec.path) if kind_of_file(file) == "text"]
-        return [f"{f}: {names[split_of(head_of(f)) if self.spec.documents == 'auto' else self.spec.documents]}" for f in texts[:SHOWN]]
+        return [
+            f"{f}: {names[split_of(head_of(f)) if self.spec.documents == 'auto' else self.spec.documents]}"
+            for f in texts[:SHOWN]
+        ]
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -244,7 +291,9 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
     size = 0
     for row in rows:
         chunk.append(row)
-        size += sum(len(text) for text in row.value.values() if isinstance(text, str)) + 64 if row.value else len(row.raw)
+        size += (
+            sum(len(text) for text in row.value.values() if isinstance(text, str)) + 64 if row.value else len(row.raw)
+        )
         if len(chunk) >= CHUNK or size >= CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0

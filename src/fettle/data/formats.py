@@ -19,6 +19,9 @@ ROLES = {
 }  # fmt: skip
 
 
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names in use; templates read the first or the second
+
+
 @dataclass(frozen=True)
 class Sample:
     """What a row says: a conversation, a prompt with its completion, or a text."""
@@ -190,9 +193,12 @@ def _message(turn: Any, role_key: str, text_key: str) -> tuple[dict[str, Any], f
             raise BadRow(f"'tool_calls' in a turn of the role '{said}'")
         message["tool_calls"] = _calls(turn["tool_calls"])
     message["content"] = _content(turn, text_key, empty=role == "tool" or "tool_calls" in message)
-    for key in ("name", "tool_call_id", "reasoning_content"):
+    for key in ("name", "tool_call_id"):
         if isinstance(turn.get(key), str):
             message[key] = turn[key]
+    reasoning = next((turn[key] for key in REASONING if turn.get(key)), None)
+    if isinstance(reasoning, str) and role == "assistant":
+        message |= {"thinking": reasoning, "reasoning_content": reasoning}
     if role != "assistant":
         return message, 0.0
     return message, 1.0 if turn.get("weight") is None else _weight(turn["weight"], "weight")
@@ -203,7 +209,11 @@ def _content(turn: dict[str, Any], key: str, empty: bool) -> str:
     value = turn.get(key)
     if isinstance(value, list):
         for part in value:
-            if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            if (
+                not isinstance(part, dict)
+                or part.get("type", "text") != "text"
+                or not isinstance(part.get("text"), str)
+            ):
                 raise BadRow(f"'{key}' holds a part that is not a text")
         value = "".join(part["text"] for part in value)
         return _text({key: value}, key, empty)
@@ -258,7 +268,9 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
 
 
-def chat(messages: list[dict[str, Any]], tools: tuple[dict[str, Any], ...] = (), weights: list[float] | None = None) -> Sample:
+def chat(
+    messages: list[dict[str, Any]], tools: tuple[dict[str, Any], ...] = (), weights: list[float] | None = None
+) -> Sample:
     """A conversation whose order of turns makes sense; BadRow where it does not."""
     if weights is None:
         weights = [1.0 if m["role"] == "assistant" else 0.0 for m in messages]

@@ -29,7 +29,9 @@ def commit(spec: DataSpec) -> str:
     try:
         return str(HfApi().dataset_info(name, revision=spec.revision).sha)
     except Exception as error:
-        raise FettleError(f"{spec.path}: the hub does not give this data set ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        raise FettleError(
+            f"{spec.path}: the hub does not give this data set ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from None
 
 
 def rows(spec: DataSpec) -> Iterator[Row]:
@@ -40,14 +42,19 @@ def rows(spec: DataSpec) -> Iterator[Row]:
     except FettleError:
         raise
     except Exception as error:
-        raise FettleError(f"{spec.path}: cannot be opened ({type(error).__name__}: {str(error).splitlines()[0]})") from None
+        raise FettleError(
+            f"{spec.path}: cannot be opened ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from None
     number, stream = 0, iter(found)
     while True:
         number += 1
         try:
             value = next(stream, None)
         except Exception as error:
-            yield Row(f"{spec.path}:{number}", problem=f"the stream fails here; what follows is lost ({type(error).__name__}: {error})")
+            yield Row(
+                f"{spec.path}:{number}",
+                problem=f"the stream fails here; what follows is lost ({type(error).__name__}: {error})",
+            )
             return
         if value is None:
             return

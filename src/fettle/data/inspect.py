@@ -23,7 +23,13 @@ PROBE = (
     {"role": "user", "content": "Are you there?"},
     {"role": "assistant", "content": "Yes."},
 )
-LEARNED, ALSO_LEARNED, WEIGHTED, SEEN, ALSO_SEEN = "black on green3", "black on pale_green3", "black on gold1", "dim", "dim underline"
+LEARNED, ALSO_LEARNED, WEIGHTED, SEEN, ALSO_SEEN = (
+    "black on green3",
+    "black on pale_green3",
+    "black on gold1",
+    "dim",
+    "dim underline",
+)
 
 
 def problems(corpus: Corpus) -> list[str]:
@@ -87,7 +93,9 @@ def pad_hides_end(examples: Sequence[Example], tokenizer: Any) -> list[str]:
     nodes = [node for example in examples for node in example.nodes]
     if any(bool(np.any((node.tokens == end) & (node.weights > 0))) for node in nodes):
         return []
-    if any(int(node.tokens[stop - 1]) in tokenizer.added_tokens_decoder for node in nodes for _, stop in stretches(node)):
+    if any(
+        int(node.tokens[stop - 1]) in tokenizer.added_tokens_decoder for node in nodes for _, stop in stretches(node)
+    ):
         return []  # answers end with another token, which is learned
     return [
         f"the pad token and the end token are both '{tokenizer.eos_token}', and it is never learned, so the model would not "
@@ -156,7 +164,9 @@ def show(example: Example, tokenizer: Any) -> Text:
             text.append(f"\n-- segment {number}, after segment {node.parent} --\n", style="bold")
         for i, (piece, start, stop) in enumerate(token_texts(node.tokens.tolist(), tokenizer)):
             weight = float(node.weights[start:stop].max())
-            style = (SEEN, ALSO_SEEN)[i % 2] if not weight else WEIGHTED if weight != 1 else (LEARNED, ALSO_LEARNED)[i % 2]
+            style = (
+                (SEEN, ALSO_SEEN)[i % 2] if not weight else WEIGHTED if weight != 1 else (LEARNED, ALSO_LEARNED)[i % 2]
+            )
             text.append(piece.replace("\n", "↵\n"), style=style)
     return text
 

@@ -25,7 +25,9 @@ def shares(specs: Sequence[DataSpec], sizes: Sequence[int]) -> list[int]:
     weighted = [spec.weight is not None for spec in specs]
     if any(weighted) and not all(weighted):
         lacking = specs[weighted.index(False)].path
-        raise FettleError(f"data: '{lacking}' has no weight but another source has; give every source a weight, or none")
+        raise FettleError(
+            f"data: '{lacking}' has no weight but another source has; give every source a weight, or none"
+        )
     if not any(weighted):
         return [min(n, spec.cap or n) for spec, n in zip(specs, sizes, strict=True)]
     weights = np.array([spec.weight for spec in specs], dtype=np.float64)

@@ -41,7 +41,9 @@ def files(path: str) -> list[Path]:
     if root.is_dir():
         found = [p for p in sorted(root.rglob("*")) if p.is_file() and kind_of_file(p) and not _hidden(p, root)]
         if not found:
-            raise FettleError(f"{path}: the folder holds no data file; known endings: {', '.join(KINDS)}, also with .gz or .zst")
+            raise FettleError(
+                f"{path}: the folder holds no data file; known endings: {', '.join(KINDS)}, also with .gz or .zst"
+            )
         return found
     found = [p for p in map(Path, sorted(glob.glob(str(root), recursive=True))) if p.is_file()]
     if not found:
@@ -73,7 +75,9 @@ def read_file(path: Path, documents: str = "auto", advance: Advance | None = Non
     """Every row of one file, in order."""
     kind = kind_of_file(path)
     if not kind:
-        raise FettleError(f"{path}: unknown kind of file '{path.suffix}'; known endings: {', '.join(KINDS)}, also with .gz or .zst")
+        raise FettleError(
+            f"{path}: unknown kind of file '{path.suffix}'; known endings: {', '.join(KINDS)}, also with .gz or .zst"
+        )
     try:
         if kind == "parquet":
             yield from _parquet(path)

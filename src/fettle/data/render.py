@@ -20,7 +20,10 @@ import orjson
 from fettle.core.errors import FettleError
 
 STALLED = 20.0  # seconds without a sign of life: far over what the worker's own limits allow
-REASONS = {3: "the template needs more than 256 MiB of memory", -24: "the template does not end within 2 seconds of processor time"}
+REASONS = {
+    3: "the template needs more than 256 MiB of memory",
+    -24: "the template does not end within 2 seconds of processor time",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class Worker:
         self.now = now  # what strftime_now stands for; None: the present
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
+
+    @property
+    def process_id(self) -> int | None:
+        """The number of the process that renders, while there is one."""
+        return self._process.pid if self._process else None
 
     def render(self, jobs: Sequence[Job], context: dict[str, Any] | None = None) -> list[Rendering]:
         """Every job's rendering, in order; `context` is shared by all. FettleError where a template is no Jinja at all."""
@@ -81,8 +89,13 @@ class Worker:
         """The renderings up to the end, or up to the job that ended the process."""
         templates = list(dict.fromkeys(job.template for job in jobs))
         number = {template: i for i, template in enumerate(templates)}
-        listed = [{"template": number[j.template], "context": j.context, "cuts": list(j.cuts), "strict": j.strict} for j in jobs]
-        request = orjson.dumps({"templates": templates, "jobs": listed, "context": context, "now": self.now}, default=str)
+        listed = [
+            {"template": number[j.template], "context": j.context, "cuts": list(j.cuts), "strict": j.strict}
+            for j in jobs
+        ]
+        request = orjson.dumps(
+            {"templates": templates, "jobs": listed, "context": context, "now": self.now}, default=str
+        )
         process = self._start()
         frames = _Frames(process)
         done: list[Rendering] = []
@@ -99,7 +112,13 @@ class Worker:
             code = process.wait()
             self.close()
             reason = REASONS.get(code, f"the template stops its process (code {code})")
-            done.append(Rendering(error=f"the template gave no sign of life for {STALLED:g} s" if isinstance(error, TimeoutError) else reason))
+            done.append(
+                Rendering(
+                    error=f"the template gave no sign of life for {STALLED:g} s"
+                    if isinstance(error, TimeoutError)
+                    else reason
+                )
+            )
         if fatal:
             raise FettleError(f"the template is not valid Jinja: {fatal}")
         return done

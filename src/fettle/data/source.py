@@ -84,7 +84,8 @@ class Corpus:
         mean = [s.units.lengths.mean() if len(s.units) else 0.0 for s in self.sources]
         taken = [m * n for m, n in zip(mean, self.shares, strict=True)]
         return tuple(
-            _counts(s, n, float(t / max(sum(taken), 1e-9))) for s, n, t in zip(self.sources, self.shares, taken, strict=True)
+            _counts(s, n, float(t / max(sum(taken), 1e-9)))
+            for s, n, t in zip(self.sources, self.shares, taken, strict=True)
         )
 
     @property
@@ -145,7 +146,20 @@ class Corpus:
     def table(self) -> Table:
         """The counts of each source, to print."""
         table = Table(title="data", title_justify="left")
-        heads = ("source", "format", "template", "read", "kept", "set aside", "cut", "examples", "tokens", "learned", "an epoch", "share")
+        heads = (
+            "source",
+            "format",
+            "template",
+            "read",
+            "kept",
+            "set aside",
+            "cut",
+            "examples",
+            "tokens",
+            "learned",
+            "an epoch",
+            "share",
+        )
         for i, head in enumerate(heads):
             table.add_column(head, justify="left" if i < 3 else "right")
         for c in self.counts:
@@ -168,7 +182,12 @@ class Corpus:
 
 
 def prepare(
-    specs: Sequence[DataSpec], tokenizer: Any, length: int, seed: int = 0, cache: Path | None = None, packing: bool = True
+    specs: Sequence[DataSpec],
+    tokenizer: Any,
+    length: int,
+    seed: int = 0,
+    cache: Path | None = None,
+    packing: bool = True,
 ) -> Corpus:
     """Read, encode (or find in `cache`) and mix the sources, in rows of `length` tokens.
 
@@ -195,8 +214,14 @@ def _source(spec: DataSpec, encoder: Encoder, length: int, cache: Path) -> Sourc
     units = windows(store, length) if texts else whole(store, length, spec.long)
     if len(units.dropped):
         name = cache / f"{store.folder.name}.over-{length}.jsonl"
-        reason = f"longer than {length} tokens" if spec.long == "drop" else f"nothing is learned in its first {length} tokens"
-        lines = [{"where": store.name(i), "reason": f"{store.lengths[i]} tokens: {reason}"} for i in units.dropped.tolist()]
+        reason = (
+            f"longer than {length} tokens"
+            if spec.long == "drop"
+            else f"nothing is learned in its first {length} tokens"
+        )
+        lines = [
+            {"where": store.name(i), "reason": f"{store.lengths[i]} tokens: {reason}"} for i in units.dropped.tolist()
+        ]
         write_bytes(name, b"".join(orjson.dumps(x, option=orjson.OPT_APPEND_NEWLINE) for x in lines))
     if not len(units):
         raise FettleError(

@@ -65,12 +65,16 @@ class Writer:
         """Write the arrays and what the manifest says."""
         self.tokens.close()
         self.aside.close()
-        kinds = {"spans": np.int32, "files": np.int32, "parts": np.int32, "span_weights": np.float32}
-        values = {"span_weights": self.weights}
+        columns: dict[str, array[Any]] = {
+            "offsets": self.offsets, "spans": self.spans, "span_weights": self.weights, "span_offsets": self.span_offsets,
+            "rows": self.rows, "files": self.files, "parts": self.parts, "learned": self.learned,
+        }  # fmt: skip
         for name in ARRAYS:
-            data = np.frombuffer(values.get(name, getattr(self, name, None)), dtype=kinds.get(name, np.int64))
+            data = np.frombuffer(columns[name], dtype=np.dtype(columns[name].typecode))
             np.save(self.folder / f"{name}.npy", data.reshape(-1, 2) if name == "spans" else data)
-        write_json(self.folder / MANIFEST, manifest | {"kind": "tokens", "dtype": self.dtype.name, "sources": list(self.names)})
+        write_json(
+            self.folder / MANIFEST, manifest | {"kind": "tokens", "dtype": self.dtype.name, "sources": list(self.names)}
+        )
 
 
 @dataclass
@@ -100,7 +104,9 @@ class Store:
     def name(self, index: int) -> str:
         """`file:line` of an example, with `#k` where its row gave several."""
         part = int(self.parts[index])
-        return f"{self.manifest['sources'][self.files[index]]}:{self.rows[index]}" + (f"#{part + 1}" if part >= 0 else "")
+        return f"{self.manifest['sources'][self.files[index]]}:{self.rows[index]}" + (
+            f"#{part + 1}" if part >= 0 else ""
+        )
 
     def node(self, index: int, start: int = 0, stop: int | None = None) -> Node:
         """Tokens [start, stop) of an example, with their weights; the first is not learned."""

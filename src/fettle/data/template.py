@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from fettle.core.batch import Node
 from fettle.core.errors import FettleError
 from fettle.data.formats import Sample
 from fettle.data.render import Job, Rendering, worker
-from fettle.data.templates import Template, chat_template
+from fettle.data.templates import Template, chat_template, marks
+from fettle.data.tools import spelled_out
 
 NOW = "2025-01-01T12:00:00"  # the date in templates that print one: training data must not depend on the day
 Span = tuple[int, int, float]  # start, stop, weight
@@ -66,7 +67,9 @@ class Encoder:
     def __init__(self, tokenizer: Any, learn: str = "assistant", now: str | None = NOW) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise FettleError(f"{type(tokenizer).__name__} is a slow tokenizer without offsets; fettle needs a fast one (tokenizer.json)")
+            raise FettleError(
+                f"{type(tokenizer).__name__} is a slow tokenizer without offsets; fettle needs a fast one (tokenizer.json)"
+            )
         from tokenizers import Tokenizer
 
         self.tokenizer, self.learn, self.now = tokenizer, learn, now
@@ -80,9 +83,11 @@ class Encoder:
         plain = self.fast.encode("a", add_special_tokens=False).ids
         dressed = tokenizer("a")["input_ids"]
         at = next((i for i in range(len(dressed)) if dressed[i : i + len(plain)] == plain), 0)
-        self.prefix = list(dressed[:at])  # what the tokenizer puts before a text of its own accord (a begin-of-text token)
+        self.prefix = list(dressed[:at])  # put before a text by the tokenizer itself (a begin-of-text token)
         self._template: Template | None = None
-        self._marks = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special or t.content.startswith("<")}
+        self._marks = {
+            t.content for t in tokenizer.added_tokens_decoder.values() if t.special or t.content.startswith("<")
+        }
 
     def learning(self, learn: str) -> Encoder:
         """The same encoder, learning something else."""
@@ -100,7 +105,9 @@ class Encoder:
 
     def control_tokens(self) -> re.Pattern[str] | None:
         """What finds a control token of the tokenizer in a text."""
-        names = sorted(t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and not t.content.isspace())
+        names = sorted(
+            t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and not t.content.isspace()
+        )
         return re.compile("|".join(map(re.escape, names))) if names else None
 
     @property
@@ -119,7 +126,9 @@ class Encoder:
             if isinstance(found, str):
                 out[i] = found
             else:
-                texts += [_Text(i, text, spans, f"#{n}" if len(found) > 1 else "") for n, (text, spans) in enumerate(found, 1)]
+                texts += [
+                    _Text(i, text, spans, f"#{n}" if len(found) > 1 else "") for n, (text, spans) in enumerate(found, 1)
+                ]
         raw = [_Text(i, s.text) for i, s in enumerate(samples) if s.kind == "text"]
         for i, sample in enumerate(samples):
             if sample.kind == "completion":
@@ -128,10 +137,13 @@ class Encoder:
         self._masked(texts, samples, out)
         return out
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), prompt: bool = True) -> str:
+    def render(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), prompt: bool = True
+    ) -> str:
         """A conversation as text, by default up to where the model begins to answer; FettleError where the template fails."""
-        context = {"messages": list(messages), "tools": list(tools) or None, "add_generation_prompt": prompt}
-        job = Job(self.template.of(bool(tools)), context)
+        text = self.template.of(bool(tools))
+        turns, left = spelled_out(messages, tools, text)
+        job = Job(text, {"messages": turns, "tools": left or None, "add_generation_prompt": prompt})
         (found,) = worker(self.now).render([job], self._shared())
         if found.error:
             raise FettleError(f"the chat template '{self.template.name}': {found.error}")
@@ -142,7 +154,8 @@ class Encoder:
         return self.fast.encode(text, add_special_tokens=False).ids
 
     def _shared(self) -> dict[str, Any]:
-        return {"bos_token": "", "eos_token": "", **self.special, "documents": None} if self.template.name != "tokenizer" else {**self.special, "documents": None}
+        named = {"bos_token": "", "eos_token": ""} if self.template.name != "tokenizer" else {}
+        return {**named, **self.special, "documents": None}
 
     def _completion(self, sample: Sample) -> Span:
         start = 0 if self.learn == "all" else len(sample.prompt)
@@ -152,15 +165,26 @@ class Encoder:
         """Each conversation's texts with their learned characters, or the reason why there are none."""
         if not samples:
             return []
-        cut = self.learn != "all" and not self.template.marks
+        samples = [self._spelled_out(sample) for sample in samples]
         jobs = []
         for sample in samples:
+            text = self.template.of(bool(sample.tools))
+            cut = self.learn != "all" and not marks(text)
             wanted = [i for i, w in enumerate(self._turn_weights(sample)) if w] if cut else []
             cuts = [c for i in wanted for c in ((i, True), (i + 1, False))]
             context = {"messages": sample.messages, "tools": sample.tools or None, "add_generation_prompt": False}
-            jobs.append(Job(self.template.of(bool(sample.tools)), context, cuts))
+            jobs.append(Job(text, context, cuts))
         found = worker(self.now).render(jobs, self._shared())
         return [self._spans(sample, rendering) for sample, rendering in zip(samples, found, strict=True)]
+
+    def _spelled_out(self, sample: Sample) -> Sample:
+        """The sample with functions and calls as text where the template does not know them."""
+        if not sample.tools and all(m["role"] != "tool" and "tool_calls" not in m for m in sample.messages):
+            return sample
+        turns, tools = spelled_out(sample.messages, sample.tools, self.template.of(bool(sample.tools)))
+        spoken = iter([w for m, w in zip(sample.messages, sample.weights, strict=True) if m["role"] == "assistant"])
+        weights = tuple(next(spoken) if m["role"] == "assistant" else 0.0 for m in turns)
+        return replace(sample, messages=tuple(turns), tools=tuple(tools), weights=weights)
 
     def _turn_weights(self, sample: Sample) -> list[float]:
         if self.learn != "last":
@@ -174,7 +198,12 @@ class Encoder:
         if self.learn == "all":
             return [(found.text, [(0, len(found.text), sample.weight)])]
         weights = self._turn_weights(sample)
-        if self.template.marks:
+        template = self.template.of(bool(sample.tools))
+        if any("reasoning_content" in m for m in sample.messages) and not (
+            "reasoning" in template or "thinking" in template
+        ):
+            return "an answer comes with reasoning, which the chat template does not write"
+        if marks(template):
             return self._marked(sample, found, weights)
         whole: list[Span] = []
         alone: list[tuple[str, list[Span]]] = []
@@ -213,7 +242,9 @@ class Encoder:
         if not texts:
             return
         end = [self.eos] if self.eos is not None else []
-        for item, encoding in zip(texts, self.fast.encode_batch_fast([t.text for t in texts], add_special_tokens=False), strict=True):
+        for item, encoding in zip(
+            texts, self.fast.encode_batch_fast([t.text for t in texts], add_special_tokens=False), strict=True
+        ):
             tokens = np.array(self.prefix + encoding.ids + end, dtype=np.int32)
             out[item.sample] = [Encoded(tokens, ((1, len(tokens), samples[item.sample].weight),))]
 
@@ -221,7 +252,9 @@ class Encoder:
         """Texts with learned characters: a token is learned where it holds one of them."""
         if not texts:
             return
-        for item, encoding in zip(texts, self.fast.encode_batch([t.text for t in texts], add_special_tokens=False), strict=True):
+        for item, encoding in zip(
+            texts, self.fast.encode_batch([t.text for t in texts], add_special_tokens=False), strict=True
+        ):
             before, after = [], []
             if samples[item.sample].kind == "completion":
                 before, after = self.prefix, [self.eos] if self.eos is not None else []

@@ -103,14 +103,14 @@ class Template:
     text: str
     tools_text: str = ""  # another text for conversations with tools, where the tokenizer brings one
 
-    @property
-    def marks(self) -> bool:
-        """Whether it says itself, in generation blocks, what the model says."""
-        return bool(GENERATION.search(self.text))
-
     def of(self, tools: bool) -> str:
         """The text for a conversation with or without tools."""
         return self.tools_text if tools and self.tools_text else self.text
+
+
+def marks(text: str) -> bool:
+    """Whether a template says itself, in generation blocks, what the model says."""
+    return bool(GENERATION.search(text))
 
 
 def chat_template(tokenizer: Any) -> Template:
@@ -122,7 +122,9 @@ def chat_template(tokenizer: Any) -> Template:
     own = getattr(tokenizer, "chat_template", None)
     if isinstance(own, dict):
         if "default" not in own:
-            raise FettleError(f"the tokenizer has the chat templates {', '.join(sorted(own))} and none called 'default'; set one as its chat_template")
+            raise FettleError(
+                f"the tokenizer has the chat templates {', '.join(sorted(own))} and none called 'default'; set one as its chat_template"
+            )
         return Template("tokenizer", own["default"], own.get("tool_use", ""))
     if own:
         return Template("tokenizer", own)
@@ -130,5 +132,7 @@ def chat_template(tokenizer: Any) -> Template:
     if {"<|im_start|>", "<|im_end|>"} <= known:
         return Template("chatml", CHATML)
     if not tokenizer.eos_token:
-        raise FettleError("the tokenizer has no chat template and no end-of-text token, so an answer could never end; set its chat_template or eos_token")
+        raise FettleError(
+            "the tokenizer has no chat template and no end-of-text token, so an answer could never end; set its chat_template or eos_token"
+        )
     return Template("plain", PLAIN)

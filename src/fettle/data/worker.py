@@ -22,7 +22,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-import jinja2.debug  # noqa: F401
+import jinja2.debug
 import orjson
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
@@ -70,7 +70,9 @@ def raise_exception(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
 
-def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+def tojson(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     """JSON without Jinja's escapes for HTML, as chat templates expect it."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -92,7 +94,9 @@ class Namespace(jinja2.utils.Namespace):
     @staticmethod
     def _check(name: Any) -> None:
         if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace takes no name that begins with an underscore, found '{name}'")
+            raise jinja2.exceptions.SecurityError(
+                f"a namespace takes no name that begins with an underscore, found '{name}'"
+            )
 
 
 class Dictionary:
@@ -119,19 +123,26 @@ def environment(now: str | None, strict: bool) -> ImmutableSandboxedEnvironment:
     `strict` is for templates over a row's columns: a column that is missing or null is an error, not an empty text.
     """
     rules: dict[str, Any] = {"undefined": jinja2.StrictUndefined, "finalize": no_null} if strict else {}
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], **rules)
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], **rules
+    )
 
     def strftime_now(format: str) -> str:
         return (datetime.fromisoformat(now) if now else datetime.now()).strftime(format)
 
     env.filters["tojson"] = tojson
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "dict": Dictionary(), "namespace": Namespace}
+    env.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
+        "dict": Dictionary(),
+        "namespace": Namespace,
+    }
     return env
 
 
 def render(template: jinja2.Template, context: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
     """The text, and the character spans of its generation blocks."""
-    tracker = template.environment.extensions[Generation.identifier]
+    tracker: Any = template.environment.extensions[Generation.identifier]
     tracker.written, tracker.found = [], []
     size = 0
     for part in template.generate(context):
@@ -143,7 +154,9 @@ def render(template: jinja2.Template, context: dict[str, Any]) -> tuple[str, lis
     spans = []
     for start, said in tracker.found:
         if text[start : start + len(said)] != said:
-            raise jinja2.exceptions.TemplateError("a generation block inside a macro, a filter or a set: its place cannot be known")
+            raise jinja2.exceptions.TemplateError(
+                "a generation block inside a macro, a filter or a set: its place cannot be known"
+            )
         spans.append((start, start + len(said)))
     return text, spans
 

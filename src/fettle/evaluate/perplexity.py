@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from fettle.core import FettleError
 from fettle.core.batch import Example, Node, pack
 from fettle.evaluate.interval import Score, ratio_interval
-from fettle.evaluate.tasks import Evaluation, limited
+from fettle.evaluate.tasks import Evaluation, sampled
 from fettle.generate.sample import context_length
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Perplexity(Evaluation):
             documents = [text]
         if not any(documents):
             raise FettleError(f"{path}: no text in it")
-        return limited([d for d in documents if d], self.limit, self.seed)
+        return sampled([d for d in documents if d], self.limit, self.seed)
 
 
 def _text(line: str, where: str) -> str:

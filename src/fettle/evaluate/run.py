@@ -47,7 +47,7 @@ def evaluate(
 
             def advance(n: int, total: int | None = None, task: Any = task) -> None:
                 if shown:
-                    shown.update(task, advance=n, **({"total": total} if total is not None else {}))
+                    shown.update(task, advance=n, total=total)
 
             found.append(_one(forest, spec, advance))
     results = Results({**about, **(model or {})}, tuple(found))

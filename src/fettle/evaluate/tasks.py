@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import orjson
@@ -25,6 +25,7 @@ from fettle.core.spec import nearest
 from fettle.evaluate.metrics import METRICS, best, last_number
 
 KEYS = {"messages", "prompt", "answer", "choices", "metric", "family", "cluster", "id", "meta"}
+T = TypeVar("T")
 SHOWN = 10  # malformed rows named in one error
 
 
@@ -77,7 +78,7 @@ class TaskFile(Evaluation):
 
     def examples(self) -> list[Item]:
         """The questions, in the order of the file. FettleError names every malformed row."""
-        return limited(read_tasks(Path(self.path)), self.limit, self.seed)
+        return sampled(read_tasks(Path(self.path)), self.limit, self.seed)
 
     def score(self, example: Item, completion: str) -> float:
         """The score of an answer, in [0, 1]."""
@@ -104,7 +105,7 @@ class TaskFile(Evaluation):
         return [kin[i] for i in rng.choice(len(kin), self.shots, replace=False)]
 
 
-def limited(items: list[Item], limit: int | None, seed: int) -> list[Item]:
+def sampled(items: list[T], limit: int | None, seed: int) -> list[T]:
     """`limit` of the items, drawn by the seed, in their order."""
     if limit is None or limit >= len(items):
         return items
@@ -196,7 +197,7 @@ def _choices(row: dict[str, Any]) -> tuple[tuple[str, ...], int]:
 
 def _answers(row: dict[str, Any]) -> tuple[tuple[str, ...], str]:
     answer, metric = row.get("answer"), row.get("metric", "exact")
-    answers = answer if isinstance(answer, list) else [answer]
+    answers: list[Any] = answer if isinstance(answer, list) else [answer]
     if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
         raise ValueError("'answer' is not a text or a list of texts, or is empty")
     if metric not in METRICS:

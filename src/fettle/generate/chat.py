@@ -123,7 +123,7 @@ def _exchange(talks: Sequence[Talk], line: str, console: Console) -> None:
     except KeyboardInterrupt:  # stops the answer, not the conversation
         console.print(Text("\n(stopped)", style="dim"))
     except FettleError as error:
-        console.print(Text(str(error), style="red"))
+        console.print(Text(str(error), style="red"), soft_wrap=True)
 
 
 def _one(talk: Talk, line: str, console: Console) -> None:

@@ -69,8 +69,8 @@ def context_length(config: Any) -> int | None:
 def end_tokens(forest: Forest) -> frozenset[int]:
     """Every token that ends an answer: of the generation config, the tokenizer, and the chat template's end of turn."""
     found: set[int] = set()
-    generation = getattr(forest.model, "generation_config", None)
-    for value in (getattr(generation, "eos_token_id", None), forest.config.eos_token_id, forest.tokenizer.eos_token_id):
+    sources: list[Any] = [getattr(forest.model, "generation_config", None), forest.config, forest.tokenizer]
+    for value in (getattr(source, "eos_token_id", None) for source in sources):
         found |= {value} if isinstance(value, int) else set(value or ())
     if (turn := prompter(forest.tokenizer).end_of_turn) is not None:
         found.add(turn)
@@ -238,7 +238,7 @@ def filtered(scores_BV: Tensor, sampling: Sampling) -> Tensor:
         least = scores_BV.topk(sampling.top_k, -1).values[:, -1:]
         scores_BV = scores_BV.masked_fill(scores_BV < least, -torch.inf)
     if sampling.top_p < 1:
-        ordered, index = scores_BV.sort(-1, descending=True, stable=True)
+        ordered, index = torch.sort(scores_BV, -1, descending=True)
         share = ordered.softmax(-1)
         before = share.cumsum(-1) - share
         drop = torch.zeros_like(before, dtype=torch.bool).scatter(-1, index, before >= sampling.top_p)

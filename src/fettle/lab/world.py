@@ -37,7 +37,7 @@ class Entity(NamedTuple):
     en: str
     zh: str
     gender: str = ""  # "f" or "m" for people
-    place: Word | None = None  # where a job is done
+    place: Word = Word("", "")  # where a job is done; no words for other kinds
 
 
 class Triple(NamedTuple):
@@ -137,7 +137,14 @@ class World:
 
 def _entities(kind: str, words: Iterable[Word], gender: str = "") -> tuple[Entity, ...]:
     return tuple(
-        Entity(f"{kind}/{word.en.lower()}", kind, word.en, word.zh, gender, Word(*word.more) if kind == "job" else None)
+        Entity(
+            f"{kind}/{word.en.lower()}",
+            kind,
+            word.en,
+            word.zh,
+            gender,
+            Word(word.more[0], word.more[1]) if kind == "job" else Word("", ""),
+        )
         for word in words
     )
 

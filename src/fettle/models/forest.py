@@ -29,6 +29,12 @@ class Forest:
         if self.backend != "paths":
             model.set_attn_implementation(f"fettle_{self.backend}")  # type: ignore[operator]
 
+    def with_backend(self, backend: str) -> Forest:
+        """The same model, attending in another way; the old object is not to be used any more."""
+        if self.backend != "paths" and backend == "paths":
+            self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")  # type: ignore[operator]
+        return Forest(self.model, self.tokenizer, self.spec, backend)
+
     @property
     def device(self) -> torch.device:
         """Where the model's first parameter lies."""

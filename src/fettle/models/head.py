@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 64 << 20  # of float32 logits alive at once
+CHUNK_BYTES = 16 << 20  # of float32 logits alive at once
 
 
 @dataclass(frozen=True)
@@ -39,80 +40,107 @@ class Head:
         """Log-probabilities float32 [N] of targets int64 [N] after hidden [N, C], a chunk of rows at a time."""
         if _is_plain(self.module):
             weight, bias = self.module.weight, self.module.bias
-            return _ChunkedLogps.apply(hidden, weight, bias, targets, self)  # type: ignore[no-any-return]
-        rows = chunk_rows(hidden.shape[0], self.module_out(hidden))
+            trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+            function = _TrainedHead if trains else _FrozenHead
+            return function.apply(hidden, weight, bias, targets, self)  # type: ignore[no-any-return]
         pieces = [
-            checkpoint(self._piece, hidden[i : i + rows], targets[i : i + rows], use_reentrant=False)
-            for i in range(0, hidden.shape[0], rows)
+            checkpoint(self._piece, hidden[at], targets[at], use_reentrant=False)
+            for at in chunks(len(hidden), self.vocabulary(hidden), hidden.device)
         ]
-        return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+        return torch.cat(pieces) if pieces else hidden.sum(1).to(_wide(hidden.dtype))  # empty, and still in the graph
 
     def _piece(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = _wide(self.logits(hidden))
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+        return _picked(self.logits(hidden), targets)
 
-    def module_out(self, hidden: Tensor) -> int:
+    def vocabulary(self, hidden: Tensor) -> int:
         """V, asked of a module that is not a plain linear layer."""
         with torch.no_grad():
             return int(self.module(hidden[:1]).shape[-1])
 
 
-def chunk_rows(rows: int, vocabulary: int) -> int:
-    """Rows a chunk: as many as CHUNK_BYTES of float32 logits allow, the same for every chunk but the last."""
-    most = max(16, CHUNK_BYTES // (4 * vocabulary))
-    return most if rows > most else max(rows, 1)
+def chunks(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
+    """Rows cut so that a chunk's float32 logits stay near CHUNK_BYTES, with enough rows that its products are worth it."""
+    least = 256 if device.type == "cpu" else 1024
+    size = max(least, CHUNK_BYTES // (4 * vocabulary))
+    return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
 
 def _is_plain(module: nn.Module) -> bool:
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return type(module) is nn.Linear and not hooked
+    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
-class _ChunkedLogps(torch.autograd.Function):
-    """log softmax(cap(x W' + b))[target]; the backward pass computes each chunk's logits again.
+def _picked(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities [n] of targets, computed in float32 or wider."""
+    return logits.log_softmax(-1, dtype=_wide(logits.dtype)).gather(1, targets[:, None])[:, 0]
 
-    With p = softmax(z), the gradient of the log-probability of t by the logits is onehot(t) - p. The log-sum-exp
-    is kept from the forward pass, so the second computation needs no reduction over V.
+
+def _slope(logits: Tensor, logps: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """[n, V]: the gradient of each row's log-probability by the raw logits, but for `scale`: onehot - softmax.
+
+    At the target it is 1 - p, taken from the exact log-probability: p itself may round to 1.
+    """
+    d = logits.softmax(-1).neg_()
+    d.scatter_(1, targets[:, None], torch.expm1(logps).neg_().to(d.dtype)[:, None])
+    return d if head.softcap is None else d.mul_(1 - (logits / head.softcap).square_())
+
+
+class _FrozenHead(torch.autograd.Function):
+    """log softmax(cap(x W' + b))[target], where only x has a gradient.
+
+    A row's gradient is its cotangent times one direction, (onehot - p) W, which the forward pass can compute while the
+    logits are there: the backward pass is a multiplication.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Tensor:
-        n, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-        picked, lse = hidden.new_empty(n, dtype=wide), hidden.new_empty(n, dtype=wide)
-        rows = chunk_rows(n, weight.shape[0])
-        for i in range(0, n, rows):
-            at = slice(i, i + rows)
-            logits = head.finish(nn.functional.linear(hidden[at], weight, bias)).to(wide)
-            lse[at] = logits.logsumexp(1)
-            picked[at] = logits.gather(1, targets[at, None])[:, 0]
-        ctx.save_for_backward(hidden, weight, bias, targets, lse)
-        ctx.head = head
-        return picked - lse
+        logps = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
+        direction = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for at in chunks(len(hidden), len(weight), hidden.device):
+            logits = head.finish(nn.functional.linear(hidden[at], weight, bias))
+            logps[at] = _picked(logits, targets[at])
+            if direction is not None:
+                torch.mm(_slope(logits, logps[at], targets[at], head), weight, out=direction[at])
+        ctx.scale = head.scale
+        ctx.save_for_backward(direction)
+        return logps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        (direction,) = ctx.saved_tensors
+        return (grad[:, None] * (direction * ctx.scale)).to(direction.dtype), None, None, None, None
+
+
+class _TrainedHead(torch.autograd.Function):
+    """The same where the head itself has a gradient: the backward pass computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Tensor:
+        logps = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
+        for at in chunks(len(hidden), len(weight), hidden.device):
+            logps[at] = _picked(head.finish(nn.functional.linear(hidden[at], weight, bias)), targets[at])
+        ctx.save_for_backward(hidden, weight, bias, targets, logps)
+        ctx.head = head
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, logps = ctx.saved_tensors
         head: Head = ctx.head
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=lse.dtype) if wants_weight else None
-        d_bias = torch.zeros_like(bias, dtype=lse.dtype) if wants_bias else None
-        rows = chunk_rows(hidden.shape[0], weight.shape[0])
-        for i in range(0, hidden.shape[0], rows):
-            at = slice(i, i + rows)
-            logits = head.finish(nn.functional.linear(hidden[at], weight, bias)).to(lse.dtype)
-            slope = 1.0 if head.softcap is None else 1 - (logits / head.softcap).square_()  # of the cap, at each logit
-            d = logits.sub_(lse[at, None]).exp_().neg_()
-            d.scatter_add_(1, targets[at, None], torch.ones_like(d[:, :1]))
-            d.mul_(grad[at, None] * head.scale)
-            d = d.mul_(slope) if head.softcap is not None else d
+        d_weight = torch.zeros_like(weight, dtype=logps.dtype) if wants_weight else None
+        d_bias = torch.zeros_like(bias, dtype=logps.dtype) if wants_bias else None
+        for at in chunks(len(hidden), len(weight), hidden.device):
+            logits = head.finish(nn.functional.linear(hidden[at], weight, bias))
+            d = _slope(logits, logps[at], targets[at], head).mul_((grad[at, None] * head.scale).to(logits.dtype))
             if d_bias is not None:
-                d_bias += d.sum(0)
-            d = d.to(hidden.dtype)
+                d_bias += d.sum(0, dtype=d_bias.dtype)
             if d_hidden is not None:
                 torch.mm(d, weight, out=d_hidden[at])
             if d_weight is not None:

@@ -19,6 +19,7 @@ from fettle.core.errors import FettleError
 from fettle.core.files import read_json, sha256
 from fettle.models.allocator import keep_pages
 from fettle.models.forest import Forest
+from fettle.models.proof import prove
 from fettle.models.spec import EMBEDDED, ModelSpec
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +39,7 @@ def load(spec: ModelSpec) -> Forest:
     model.to(device).eval()  # type: ignore[arg-type]
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    return Forest(model, tokenizer, spec)
+    return prove(Forest(model, tokenizer, spec))
 
 
 def pick_device(name: str) -> torch.device:

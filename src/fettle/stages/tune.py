@@ -29,6 +29,7 @@ from fettle.models.spec import ModelSpec
 from fettle.objectives import SFT, AnyObjective
 from fettle.peft import AnyEdit
 from fettle.stages.artifact import apply_edits, is_artifact, open_artifact, save_artifact
+from fettle.stages.check import gate, preflight
 from fettle.stages.report import write_report
 from fettle.train import CheckpointSpec, Job, OptimSpec, fit
 
@@ -70,7 +71,9 @@ class Recipe(Stage):
         forest, edits = self.open(parent)
         corpus = self.corpus(forest)
         steps = self.optim.length(corpus.batches_per_epoch)
-        last = fit(self.job(forest, corpus, steps, resume))
+        job = self.job(forest, corpus, steps, resume)
+        gate(preflight(str(self.output), forest, self.edits, corpus, job))
+        last = fit(job)
         facts = self.facts(forest, corpus, steps, last) | {"seconds": time.time() - began, "peak_bytes": measure_peak()}
         save_artifact(target, forest, edits, facts)
         if self.evaluate:

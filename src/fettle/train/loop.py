@@ -12,7 +12,7 @@ import math
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +63,8 @@ class Job:
     not_finite: Literal["stop", "skip"] = "stop"
     recipe: dict[str, Any] = field(default_factory=dict)  # what a checkpoint must agree with
     resume: bool = False
+    quiet: bool = False
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None  # called with each step's figures
 
 
 def fit(job: Job) -> dict[str, float]:
@@ -74,7 +76,7 @@ def fit(job: Job) -> dict[str, float]:
         raise FettleError("edits: nothing trains; add an edit such as {kind: lora} or {kind: full}")
     optimizer = build(job.optim, masters)
     start, said = _begin(job, masters, optimizer, world)
-    log = Log(job.folder if world.first else job.folder / f"rank{world.rank}", start, quiet=not world.first)
+    log = Log(job.folder if world.first else job.folder / f"rank{world.rank}", start, quiet=job.quiet or not world.first)
     for sentence in said:
         log.say(sentence)
     last: dict[str, float] = {}
@@ -85,6 +87,7 @@ def fit(job: Job) -> dict[str, float]:
                 last = run_step(job, step, masters, optimizer, world)
                 last["tokens_per_second"] = rate.add(int(last["tokens"]))
                 log.row(last)
+                job.on_row(last)
                 show(step + 1, _line(last))
                 ended = bool(caught)
                 if (step + 1) % job.checkpoints.every == 0 or step + 1 == job.steps or ended:

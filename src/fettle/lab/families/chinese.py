@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from ..prose.reviews import opinion_zh
 from ..world import World
@@ -28,7 +29,7 @@ def _add(rng: random.Random, world: World) -> tuple[Slots, str]:
     return {"a": str(a), "b": str(b)}, str(a + b)
 
 
-def _listed(low: int, high: int, answer) -> Maker:
+def _listed(low: int, high: int, answer: Callable[[list[str]], str]) -> Maker:
     def make(rng: random.Random, world: World) -> tuple[Slots, str]:
         group = rng.choice((world.foods, world.animals, world.objects, world.colors, world.people, world.towns))
         items = [word.zh for word in rng.sample(group, rng.randint(low, high))]

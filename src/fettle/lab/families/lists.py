@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from ..prose.lists import words
 from ..world import World
-from .family import Family, Slots
+from .family import Family, Maker, Slots
 
 
-def _of(answer):
+def _of(answer: Callable[[list[str]], str]) -> Maker:
     """Items that are a list of three to five words, with the answer that `answer(items)` gives."""
 
     def make(rng: random.Random, world: World) -> tuple[Slots, str]:

@@ -7,10 +7,10 @@ import random
 from ..lexicon import COLOURS, OPPOSITES, VERBS, plural
 from ..prose.reviews import opinion
 from ..world import World
-from .family import Family, Slots
+from .family import Family, Maker, Slots
 
 
-def _sentiment(yes: str, no: str):
+def _sentiment(yes: str, no: str) -> Maker:
     def make(rng: random.Random, world: World) -> tuple[Slots, str]:
         good = rng.random() < 0.5
         return {"text": opinion(rng, world, good)}, yes if good else no

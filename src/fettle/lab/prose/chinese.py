@@ -38,6 +38,11 @@ SENTENCES: dict[str, tuple[str, ...]] = {
 }
 
 
+def ta(person: Entity) -> str:
+    """The Chinese pronoun of this person."""
+    return "她" if person.gender == "f" else "他"
+
+
 def sentence(rng: random.Random, triple: Triple) -> str:
     """One fact as a Chinese sentence."""
     return rng.choice(SENTENCES[triple.relation]).format_map(_words(triple.subject, triple.object))
@@ -150,9 +155,10 @@ def _portrait(rng: random.Random, world: World, person: Entity) -> str:
     relations = ["lives_in", "born_in", "works_as", "likes", "keeps", "friend_of"]
     rng.shuffle(relations)
     lines = [_tell(rng, world, relation, person) for relation in relations[: rng.randint(4, 6)]]
-    ta = "她" if person.gender == "f" else "他"
     lines[1:] = [
-        ta + line[len(person.zh) :] if line.startswith(person.zh) and "和" not in line and rng.random() < 0.4 else line
+        ta(person) + line[len(person.zh) :]
+        if line.startswith(person.zh) and "和" not in line and rng.random() < 0.4
+        else line
         for line in lines[1:]
     ]
     if thing := world.find("owns", person):
@@ -165,10 +171,7 @@ def _tell(rng: random.Random, world: World, relation: str, subject: Entity) -> s
 
 
 def _words(subject: Entity, object: Entity) -> dict[str, str]:
-    words = {"s": subject.zh, "o": object.zh, "ta": "她" if subject.gender == "f" else "他"}
-    if object.place:
-        words["at"] = object.place.zh
-    return words
+    return {"s": subject.zh, "o": object.zh, "ta": ta(subject), "at": object.place.zh}
 
 
 def _number(rng: random.Random) -> str:

@@ -362,7 +362,12 @@ def _tell(rng: random.Random, world: World, relation: str, subject: Entity) -> s
 
 def _words(subject: Entity, object: Entity) -> dict[str, str]:
     named = liked(object.en) if object.kind == "food" else object.en
-    words = {"s": subject.en, "o": named, "as": article(subject.en), "ao": article(object.en), **pronouns(subject)}
-    if object.place:
-        words["at"] = object.place.en
+    words = {
+        "s": subject.en,
+        "o": named,
+        "at": object.place.en,
+        "as": article(subject.en),
+        "ao": article(object.en),
+        **pronouns(subject),
+    }
     return words

@@ -61,7 +61,7 @@ def parallel(rng: random.Random, world: World) -> str:
 
 def grammar(rng: random.Random, world: World) -> str:
     """Notes on forms of words and sentences."""
-    return rng.choice((" ", "\n")).join(_note(rng, world) for _ in range(rng.randint(6, 11)))
+    return rng.choice((" ", "\n")).join(rng.choice(_NOTES)(rng, world) for _ in range(rng.randint(6, 11)))
 
 
 def _pair(rng: random.Random, en: str, zh: str) -> str:
@@ -80,60 +80,72 @@ def _pair(rng: random.Random, en: str, zh: str) -> str:
     )
 
 
-def _note(rng: random.Random, world: World) -> str:
-    kind = rng.randint(0, 5)
-    if kind == 0:
-        pair, more = rng.sample(OPPOSITES, 2)
-        left, right = rng.sample((pair.en, pair.more[0]), 2)
-        return rng.choice(
-            (
-                f"The opposite of {left} is {right}.",
-                f"What is not {left} is {right}.",
-                f"{capitalised(left)} and {right} are opposites.",
-                f"{capitalised(left)} is not {right}, and {more.en} is not {more.more[0]}.",
-            )
+def _opposites(rng: random.Random, world: World) -> str:
+    pair, more = rng.sample(OPPOSITES, 2)
+    left, right = rng.sample((pair.en, pair.more[0]), 2)
+    return rng.choice(
+        (
+            f"The opposite of {left} is {right}.",
+            f"What is not {left} is {right}.",
+            f"{capitalised(left)} and {right} are opposites.",
+            f"{capitalised(left)} is not {right}, and {more.en} is not {more.more[0]}.",
         )
-    if kind == 1:
-        noun = rng.choice(world.objects + world.animals).en
-        n = rng.randint(2, 9)
-        return rng.choice(
-            (
-                f"One {noun}, {n} {plural(noun)}.",
-                f"The plural of {noun} is {plural(noun)}.",
-                f"More than one {noun}: {plural(noun)}.",
-            )
+    )
+
+
+def _plurals(rng: random.Random, world: World) -> str:
+    noun = rng.choice(world.objects + world.animals).en
+    many = plural(noun)
+    return rng.choice(
+        (
+            f"One {noun}, {rng.randint(2, 9)} {many}.",
+            f"The plural of {noun} is {many}.",
+            f"More than one {noun}: {many}.",
         )
-    if kind == 2:
-        verb, person, town = rng.choice(VERBS), rng.choice(world.people).en, rng.choice(world.towns).en
-        return rng.choice(
-            (
-                f"The past of {verb.more[0]} is {verb.more[1]}.",
-                f"Today {person} {verb.en} in {town}. Yesterday {person} {verb.more[1]} in {town}.",
-                f"{person} {verb.en} today and {verb.more[1]} yesterday.",
-                f"I {verb.more[0]}, you {verb.more[0]}, {person} {verb.en}; long ago {person} {verb.more[1]}.",
-            )
+    )
+
+
+def _past(rng: random.Random, world: World) -> str:
+    verb, person, town = rng.choice(VERBS), rng.choice(world.people).en, rng.choice(world.towns).en
+    plain, past = verb.more
+    return rng.choice(
+        (
+            f"The past of {plain} is {past}.",
+            f"Today {person} {verb.en} in {town}. Yesterday {person} {past} in {town}.",
+            f"{person} {verb.en} today and {past} yesterday.",
+            f"I {plain}, you {plain}, {person} {verb.en}; long ago {person} {past}.",
         )
-    if kind == 3:
-        word = rng.choice(
-            rng.choice((world.objects, world.foods, world.animals, world.colors, world.towns, world.people))
-        ).en
-        return rng.choice(
-            (
-                f"{word} in capital letters is {word.upper()}.",
-                f"{word.upper()} is {word}, written large.",
-                f"On the sign stood {word.upper()}, which is {word}.",
-                f"{word} is spelled {'-'.join(word.lower())}.",
-                f"The word {word} begins with {word[0].lower()} and ends with {word[-1]}.",
-            )
+    )
+
+
+def _letters(rng: random.Random, world: World) -> str:
+    groups = (world.objects, world.foods, world.animals, world.colors, world.towns, world.people)
+    word = rng.choice(rng.choice(groups)).en
+    return rng.choice(
+        (
+            f"{word} in capital letters is {word.upper()}.",
+            f"{word.upper()} is {word}, written large.",
+            f"On the sign stood {word.upper()}, which is {word}.",
+            f"{word} is spelled {'-'.join(word.lower())}.",
+            f"The word {word} begins with {word[0].lower()} and ends with {word[-1]}.",
         )
-    if kind == 4:
-        left, right = (p.en for p in rng.sample(world.people, 2))
-        verb = rng.choice(("helps", "meets", "calls", "visits", "thanks"))
-        return rng.choice(
-            (
-                f"{left} {verb} {right}. With the names exchanged: {right} {verb} {left}.",
-                f"{left} {verb} {right}, and the other way round {right} {verb} {left}.",
-            )
+    )
+
+
+def _exchanged(rng: random.Random, world: World) -> str:
+    left, right = (person.en for person in rng.sample(world.people, 2))
+    verb = rng.choice(("helps", "meets", "calls", "visits", "thanks"))
+    return rng.choice(
+        (
+            f"{left} {verb} {right}. With the names exchanged: {right} {verb} {left}.",
+            f"{left} {verb} {right}, and the other way round {right} {verb} {left}.",
         )
-    word, again = rng.choice(world.foods).en, rng.randint(2, 4)
-    return f"The word {word} said {again} times is {' '.join([word] * again)}."
+    )
+
+
+def _again(rng: random.Random, world: World) -> str:
+    word, times = rng.choice(world.foods).en, rng.randint(2, 4)
+    return f"The word {word} said {times} times is {' '.join([word] * times)}."
+
+
+_NOTES = (_opposites, _plurals, _past, _letters, _exchanged, _again)

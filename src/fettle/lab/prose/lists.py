@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
-from ..lexicon import CLOTHES, NUMBERS, plural
-from ..world import World
+from ..lexicon import CLOTHES, COUNTED, NUMBERS, Word, plural
+from ..world import Entity, World
 from .facts import capitalised
 
 
@@ -17,21 +18,19 @@ def lists(rng: random.Random, world: World) -> str:
 
 def words(rng: random.Random, world: World, low: int = 3, high: int = 5) -> list[str]:
     """A list of distinct English words of one kind or of several."""
-    group = rng.choice(
-        (
-            world.foods,
-            world.animals,
-            world.objects,
-            world.colors,
-            world.jobs,
-            CLOTHES,
-            world.foods + world.animals,
-            world.objects + world.foods,
-            world.people,
-            world.towns,
-        )
+    groups: tuple[Sequence[Entity | Word], ...] = (
+        world.foods,
+        world.animals,
+        world.objects,
+        world.colors,
+        world.jobs,
+        CLOTHES,
+        world.foods + world.animals,
+        world.objects + world.foods,
+        world.people,
+        world.towns,
     )
-    return [word.en for word in rng.sample(group, rng.randint(low, high))]
+    return [word.en for word in rng.sample(rng.choice(groups), rng.randint(low, high))]
 
 
 def joined(items: list[str]) -> str:
@@ -157,7 +156,8 @@ def _kinds(rng: random.Random, world: World) -> str:
 
 def _shelf(rng: random.Random, world: World) -> str:
     person = rng.choice(world.people).en
-    counts = [(rng.randint(2, 9), plural(word.en)) for word in rng.sample(world.objects + world.foods, 3)]
+    things = rng.sample([word.en for word in world.objects] + sorted(COUNTED), 3)
+    counts = [(rng.randint(2, 9), plural(thing)) for thing in things]
     text = joined([f"{n} {name}" for n, name in counts])
     return rng.choice(
         (

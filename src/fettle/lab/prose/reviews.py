@@ -173,12 +173,14 @@ def reviews_zh(rng: random.Random, world: World) -> str:
     lines = []
     for _ in range(rng.randint(3, 6)):
         good = rng.random() < 0.5
-        line = f"{rng.choice(world.people).zh}说：“{opinion_zh(rng, world, good)}”"
+        person = rng.choice(world.people)
+        ta = "她" if person.gender == "f" else "他"
+        line = f"{person.zh}说：“{opinion_zh(rng, world, good)}”"
         if rng.random() < 0.6:
             line += rng.choice(
-                ("这是好评。", "这个评价是正面的。", "他很满意。")
+                ("这是好评。", "这个评价是正面的。", f"{ta}很满意。")
                 if good
-                else ("这是差评。", "这个评价是负面的。", "他很不满意。")
+                else ("这是差评。", "这个评价是负面的。", f"{ta}很不满意。")
             )
         lines.append(line)
     return "\n".join(lines)

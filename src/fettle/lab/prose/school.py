@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 
-from ..lexicon import COLOURS, OPPOSITES, VERBS
-from ..world import World
+from ..lexicon import OPPOSITES, VERBS
+from ..world import Entity, World
 from . import reviews
 from .facts import claim, other
 from .lists import joined, words
@@ -150,17 +150,16 @@ def _fact_task(rng: random.Random, world: World) -> tuple[str, str]:
 
 
 def _choice_task(rng: random.Random, world: World) -> tuple[str, str]:
-    kind, group = rng.choice(
-        (
-            ("person", world.people),
-            ("place", world.towns),
-            ("object", world.objects),
-            ("food", world.foods),
-            ("animal", world.animals),
-            ("colour", COLOURS),
-            ("job", world.jobs),
-        )
+    groups: tuple[tuple[str, tuple[Entity, ...]], ...] = (
+        ("person", world.people),
+        ("place", world.towns),
+        ("object", world.objects),
+        ("food", world.foods),
+        ("animal", world.animals),
+        ("colour", world.colors),
+        ("job", world.jobs),
     )
+    kind, group = rng.choice(groups)
     options = rng.sample(
         [k for k in ("person", "place", "object", "food", "animal", "colour", "job") if k != kind], 2
     ) + [kind]

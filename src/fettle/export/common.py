@@ -1,0 +1,63 @@
+"""What all exports share: a merged copy, the tokenizer with the template in use, the manifest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+import fettle
+from fettle.core import FettleError
+from fettle.core.families import Edit
+from fettle.core.files import MANIFEST, write_json
+from fettle.export.parity import Parity, facts
+from fettle.generate.prompts import prompter
+from fettle.generate.sample import end_tokens
+from fettle.models.load import base_hash, folder_of
+from fettle.models.weight import is_adapter
+
+if TYPE_CHECKING:
+    from fettle.models.forest import Forest
+
+
+def merged(forest: Forest, edits: Sequence[Edit]) -> nn.Module:
+    """A copy of the model with every edit folded into plain weights; FettleError where one cannot be."""
+    model = copy.deepcopy(forest.model)
+    for edit in reversed(edits):  # the last edit wraps the ones before it
+        edit.merge(model)
+    left = [name for name, module in model.named_modules() if is_adapter(module)]
+    if left:
+        raise FettleError(
+            f"export: {left[0]} still has an adapter after merging; the list of edits lacks the one that put it there"
+        )
+    ends = sorted(end_tokens(forest))
+    if getattr(model, "generation_config", None) is not None and ends:
+        model.generation_config.eos_token_id = ends  # type: ignore[union-attr]
+    return model.requires_grad_(False).eval()
+
+
+def save_tokenizer(forest: Forest, folder: Path) -> None:
+    """The tokenizer, with the chat template that training used even where it was fettle's default."""
+    tokenizer = copy.deepcopy(forest.tokenizer)
+    if not tokenizer.chat_template:
+        try:
+            tokenizer.chat_template = prompter(forest.tokenizer).encoder.template.text
+        except FettleError:  # a model for plain text, with which there is no conversation
+            pass
+    tokenizer.save_pretrained(folder)
+
+
+def write_manifest(folder: Path, form: str, forest: Forest, edits: Sequence[Edit], parity: Parity) -> None:
+    """What was exported, from what, and how exactly; the hashes of the files are added on sealing."""
+    spec = forest.spec
+    base: dict[str, Any] = {"path": spec.path, "revision": spec.revision}
+    if spec.config is None:
+        base["hash"] = base_hash(folder_of(spec.path, spec.revision))
+    manifest = {
+        "kind": "export", "format": form, "base": base, "fettle": fettle.__version__,
+        "edits": [e.model_dump(mode="json") for e in edits], "parity": facts(parity),
+    }  # fmt: skip
+    write_json(folder / MANIFEST, manifest)

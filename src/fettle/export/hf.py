@@ -1,0 +1,36 @@
+"""A merged Hugging Face folder: loads wherever transformers' models do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fettle.core.families import Edit
+from fettle.core.files import new_folder
+from fettle.export.common import merged, save_tokenizer, write_manifest
+from fettle.export.parity import Parity, check, measure, plain_logits
+
+if TYPE_CHECKING:
+    from fettle.models.forest import Forest
+
+
+def export_hf(forest: Forest, edits: Sequence[Edit], folder: Path) -> Parity:
+    """Write the merged model, its tokenizer and its manifest; FettleError, and no folder, where it reads back differently.
+
+    Its generation config lists every token that ends an answer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    reference = measure(forest)
+    model = merged(forest, edits)
+    with new_folder(folder) as aside:
+        model.save_pretrained(aside)  # type: ignore[operator]
+        save_tokenizer(forest, aside)
+        del model
+        reloaded = AutoModelForCausalLM.from_pretrained(
+            aside, dtype="auto", local_files_only=True, trust_remote_code=forest.spec.trust_remote_code
+        ).to(forest.device)
+        parity = check(reference, lambda rows: plain_logits(reloaded, rows), str(folder), "transformers")
+        write_manifest(aside, "hf", forest, edits, parity)
+    return parity

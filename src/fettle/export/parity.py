@@ -1,0 +1,154 @@
+"""The gate of every export: what was written is read back by other code, and its logits are compared with the model's.
+
+Compared are logits at every position of fixed probe sequences. Two rules:
+
+    largest |x - y|  <=  tolerance(dtype) * max(1, largest |y|)
+    |c - 1| <= 0.1,  c = <x - base, y - base> / <y - base, y - base>     (what share of the adaptation arrived)
+
+x exported, y the adapted model, base the model with its adapters switched off. The second rule sees an adapter that was lost,
+even one so small that the first would let it pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fettle.core import FettleError
+from fettle.core.batch import Example, Node, pack
+from fettle.generate.sample import context_length
+
+if TYPE_CHECKING:
+    from fettle.models.forest import Forest
+
+SEQUENCES, LENGTH, SEED = 4, 48, 20240
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+HEARD = 5.0  # the share of the adaptation is measured where its effect is not this many times below the rounding
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What a comparison found; it stands in the manifest of an export."""
+
+    largest_difference: float
+    mean_difference: float
+    tolerance: float
+    same_top: float  # share of positions where both have the same likeliest token
+    effect_kept: float | None  # c above; None where the adaptation has no effect to be heard
+    dtype: str
+    tokens: int
+    checked_with: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Logits [N, V] of a model on the probes: as it is, and with its adapters off (None where it has none)."""
+
+    probes: tuple[tuple[int, ...], ...]
+    adapted: Tensor
+    base: Tensor | None
+    dtype: torch.dtype
+
+
+def probes(vocabulary: int, bound: int | None) -> tuple[tuple[int, ...], ...]:
+    """Fixed token sequences: the same for the same vocabulary size."""
+    length = min(LENGTH, bound or LENGTH)
+    drawn = np.random.default_rng(SEED).integers(0, vocabulary, size=(SEQUENCES, length))
+    return tuple(tuple(map(int, row)) for row in drawn)
+
+
+def measure(forest: Forest) -> Reference:
+    """The reference, by the path that training and evaluation take."""
+    model: Any = forest.model
+    rows = probes(model.get_input_embeddings().weight.shape[0], context_length(forest.config))
+    modules = [m for m in forest.model.modules() if isinstance(getattr(m, "enabled", None), bool)]
+    adapted = _forest_logits(forest, rows)
+    base = None
+    if modules:
+        with _switched_off(modules):
+            base = _forest_logits(forest, rows)
+    return Reference(rows, adapted, base, model.dtype)
+
+
+@contextmanager
+def _switched_off(modules: list[nn.Module]) -> Iterator[None]:
+    before: list[Any] = [m.enabled for m in modules]
+    try:
+        for module in modules:
+            module.enabled = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.enabled = value
+
+
+@torch.no_grad()
+def _forest_logits(forest: Forest, rows: tuple[tuple[int, ...], ...]) -> Tensor:
+    nodes = [Node(np.array(row, np.int32), np.zeros(len(row), np.float32)) for row in rows]
+    total = sum(map(len, rows))
+    batch = pack([Example((node,), f"probe {i}") for i, node in enumerate(nodes)], total, 0).to(forest.device)
+    was_training = forest.model.training
+    forest.model.eval()
+    try:
+        return forest.logits(batch, torch.arange(total, device=forest.device)).float().cpu()
+    finally:
+        forest.model.train(was_training)
+
+
+@torch.no_grad()
+def plain_logits(model: nn.Module, rows: tuple[tuple[int, ...], ...]) -> Tensor:
+    """Logits [N, V], float32, of any transformers (or peft) model on the probes."""
+    model.eval()
+    device = next(model.parameters()).device
+    logits: Tensor = model(input_ids=torch.tensor(rows, device=device)).logits
+    return logits.flatten(0, 1).float().cpu()
+
+
+def check(reference: Reference, reread: Callable[[tuple[tuple[int, ...], ...]], Tensor], what: str, by: str) -> Parity:
+    """Compare what was written, through `reread(probes) -> logits [N, V]`; FettleError where it is another model."""
+    found = reread(reference.probes)
+    wanted = reference.adapted
+    if found.shape != wanted.shape:
+        raise FettleError(
+            f"{what}: the export gives logits of shape {tuple(found.shape)}, the model {tuple(wanted.shape)}"
+        )
+    difference = (found - wanted).abs()
+    tolerance = TOLERANCE[reference.dtype] * max(1.0, wanted.abs().max().item())
+    parity = Parity(
+        difference.max().item(), difference.mean().item(), tolerance,
+        (found.argmax(-1) == wanted.argmax(-1)).double().mean().item(), _kept(reference, found),
+        str(reference.dtype).removeprefix("torch."), len(found), by,
+    )  # fmt: skip
+    if not parity.largest_difference <= tolerance:  # also where it is not a number
+        raise FettleError(
+            f"{what}: the exported model's logits differ by {parity.largest_difference:.3g} from the adapted model's, and "
+            f"{tolerance:.3g} is what {parity.dtype} rounding explains; nothing was written"
+        )
+    if parity.effect_kept is not None and abs(parity.effect_kept - 1) > 0.1:
+        raise FettleError(
+            f"{what}: {parity.effect_kept:.0%} of the adaptation arrived in the export; nothing was written. Export in float32, "
+            "where rounding loses nothing, or as a peft adapter, which is not merged"
+        )
+    return parity
+
+
+def _kept(reference: Reference, found: Tensor) -> float | None:
+    if reference.base is None:
+        return None
+    effect, arrived = (reference.adapted - reference.base).double(), (found - reference.base).double()
+    power = effect.square().sum().item()
+    noise = (found - reference.adapted).double().square().sum().item()
+    if power == 0 or noise > HEARD**2 * power:
+        return None
+    return (effect * arrived).sum().item() / power
+
+
+def facts(parity: Parity) -> dict[str, Any]:
+    """As it stands in a manifest."""
+    return asdict(parity)

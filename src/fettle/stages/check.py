@@ -1,0 +1,171 @@
+"""Check: what will train, on which tokens, in how much memory, for how long; before the first step.
+
+The same questions gate every run (`gate`); `fettle check` also shows examples and times two steps.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleRenderable, Group
+from rich.table import Table
+from rich.text import Text
+
+from fettle.core.errors import FettleError
+from fettle.core.families import Edit
+from fettle.data.inspect import problems as data_problems
+from fettle.data.inspect import show
+from fettle.data.source import Corpus
+from fettle.models.forest import Forest
+from fettle.models.memory import MemoryPlan, available, predict, resident, worst_batch
+from fettle.models.select import partly_matched
+from fettle.train import Job, OptimSpec, fit
+
+if TYPE_CHECKING:
+    from fettle.stages.pipeline import Pipeline
+    from fettle.stages.tune import Recipe
+
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.0 + 8.0 / 256}  # of optimizer state, a trained weight
+
+
+@dataclass
+class Report:
+    """What a check found. `problems` stop a run; `notes` do not."""
+
+    name: str
+    parameters: int
+    trained: int
+    steps: int
+    memory: MemoryPlan
+    room: int  # bytes that this process may hold in all
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    step_seconds: float | None = None
+    corpus: Corpus | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether a run may start."""
+        return not self.problems
+
+    def __rich__(self) -> ConsoleRenderable:
+        rows = Table(title=f"check: {self.name}", title_justify="left", show_header=False)
+        rows.add_row("trains", f"{self.trained:,} of {self.parameters:,} parameters ({self.trained / self.parameters:.2%})")
+        steps = f"{self.steps:,} steps"
+        if self.step_seconds is not None:
+            steps += f" of {self.step_seconds:.2f} s: about {_duration(self.steps * self.step_seconds)}"
+        rows.add_row("time", steps)
+        for what, size in self.memory.rows():
+            rows.add_row(f"memory: {what}", _size(size))
+        rows.add_row("memory: there is", _size(self.room))
+        said = [Text(f"note: {note}", style="yellow") for note in self.notes]
+        said += [Text(f"refused: {problem}", style="bold red") for problem in self.problems]
+        said += [] if self.problems else [Text("ready to run", style="bold green")]
+        return Group(*([self.corpus.table()] if self.corpus else []), rows, *said)
+
+
+def preflight(name: str, forest: Forest, edits: Sequence[Edit], corpus: Corpus, job: Job) -> Report:
+    """Everything that can be known without a step."""
+    weights = list(forest.model.parameters())
+    trained = sum(p.numel() for p in weights if p.requires_grad)
+    report = Report(
+        name=name, parameters=sum(p.numel() for p in weights), trained=trained, steps=job.steps,
+        memory=memory_of(forest, job, corpus), room=available(forest.device) + _held(forest), corpus=corpus,
+    )  # fmt: skip
+    report.problems += data_problems(corpus)
+    report.notes += corpus.notes
+    for edit in edits:
+        targets = getattr(edit, "targets", None)
+        for pattern, missed in partly_matched(forest.model, targets).items() if targets else ():
+            report.problems.append(
+                f"edits: '{pattern}' takes some layers of a kind and leaves out {len(missed)} ({', '.join(missed[:3])}"
+                f"{', ...' if len(missed) > 3 else ''}); name them by number if that is meant"
+            )
+    if report.memory.total > report.room:
+        report.problems.append(
+            f"memory: the run needs {_size(report.memory.total)} and there are {_size(report.room)}; lower batch.tokens "
+            "and raise optim.accumulate, set model.gradient_checkpointing: true, or take optim.kind: adamw8bit or a lora edit"
+        )
+    return report
+
+
+def memory_of(forest: Forest, job: Job, corpus: Corpus) -> MemoryPlan:
+    """The memory of the worst step of a job."""
+    batch = worst_batch(corpus.length)
+    return predict(
+        forest, batch, lambda model, b: job.objective(model, b).sum, STATE_BYTES[job.optim.kind], job.optim.accumulate
+    )
+
+
+def gate(report: Report) -> None:
+    """FettleError with every problem, where there is one."""
+    if report.problems:
+        raise FettleError("\n".join(report.problems))
+
+
+def timed(job: Job) -> float:
+    """Seconds a step, the faster of two after one to warm up. Trains the job's model by three steps: for a check only."""
+    folder = Path(tempfile.mkdtemp(prefix="fettle-check-"))
+    try:
+        optim: OptimSpec = job.optim.model_copy(update={"steps": 3, "epochs": None})
+        rows: list[float] = []
+        fit(replace(job, optim=optim, steps=3, folder=folder, resume=False, quiet=True, on_row=lambda r: rows.append(r["seconds"])))
+        return min(rows[1:])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check(pipeline: Pipeline, examples: int = 3, console: Console | None = None, time_steps: bool = True) -> list[Report]:
+    """Check the stages of a recipe whose parents are there; prints examples and findings, returns the reports.
+
+    A later stage opens an artifact that does not exist yet: its recipe is validated, its data and memory cannot be.
+    """
+    console = console or Console()
+    reports = []
+    for i, stage in enumerate(pipeline.stages):
+        if i:
+            console.print(f"stage {i + 1} ({stage.output}) opens the artifact of the stage before; checked when that is there")
+            continue
+        reports.append(_check_one(stage, examples, console, time_steps))
+    return reports
+
+
+def _check_one(recipe: Recipe, examples: int, console: Console, time_steps: bool) -> Report:
+    forest, edits = recipe.open(None)
+    corpus = recipe.corpus(forest)
+    for example in corpus.examples(examples):
+        console.print(show(example, forest.tokenizer))
+    job = recipe.job(forest, corpus, recipe.optim.length(corpus.batches_per_epoch))
+    report = preflight(str(recipe.output), forest, edits, corpus, job)
+    if report.ok and time_steps:
+        began = time.perf_counter()
+        report.step_seconds = timed(job)
+        report.notes.append(f"timed three steps in {time.perf_counter() - began:.1f} s")
+    console.print(report)
+    return report
+
+
+def _held(forest: Forest) -> int:
+    """What this process holds already, which `predict` counts too."""
+    if forest.device.type == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated(forest.device)
+    return resident()
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s" if minutes else f"{seconds:.0f} s"
+

@@ -1,0 +1,70 @@
+"""Scores of answers, against examples worked by hand and the reference implementation of ROUGE."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fettle.evaluate.metrics import best, contains, exact, last_number, longest_common, number, rouge
+
+
+@pytest.mark.parametrize(
+    ("output", "answer", "same"),
+    [(" The  Baker.\n", "the baker", 1), ("ＡＢＣ", "abc", 1), ("北京。", "北京", 1), ("bakers", "baker", 0), ("", "x", 0)],
+)
+def test_exact(output: str, answer: str, same: float) -> None:
+    assert exact(output, answer) == same
+
+
+@pytest.mark.parametrize(
+    ("output", "answer", "found"),
+    [
+        ("It is 14.", "4", 0), ("It is 4.", "4", 1), ("Paris, of course", "paris", 1), ("comparison", "paris", 0),
+        ("首都是北京市", "北京", 1), ("a+b", "+", 1), ("x", "", 0),
+    ],
+)  # fmt: skip
+def test_contains(output: str, answer: str, found: float) -> None:
+    assert contains(output, answer) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3 + 4 = 7", 7), ("so -3.5", -3.5), ("10-3", 3), ("1,234,567.5 coins", 1234567.5), ("１２", 12), ("−4", -4),
+        ("2e3", 2000), (".5", 0.5), ("none", None), ("room 12.", 12), ("1,2", 2),
+    ],
+)  # fmt: skip
+def test_last_number(text: str, value: float | None) -> None:
+    assert last_number(text) == value
+
+
+def test_number() -> None:
+    assert number("The answer is 1,000.0", "1000") == 1
+    assert number("The answer is 1001", "1000") == 0
+    assert number("no idea", "1000") == 0
+
+
+def test_best_of_several() -> None:
+    assert best("exact", "four", ["4", "Four"]) == 1
+    assert best("regex", "x = 12", [r"= \d{3}", r"= \d{2}$"]) == 1
+
+
+@given(st.text(alphabet="abc ", max_size=60), st.text(alphabet="abc ", max_size=60))
+def test_rouge_is_the_references(a: str, b: str) -> None:
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    assert rouge(a, b) == pytest.approx(scorer.score(a, b)["rougeL"].fmeasure)
+
+
+def test_rouge_sees_chinese() -> None:
+    assert rouge("北京是首都", "北京是首都") == 1
+    assert rouge("北京是首都", "首都是北京") == pytest.approx(2 * 2 / 10 * 1.5)
+
+
+@given(st.lists(st.sampled_from("abcd"), max_size=40), st.lists(st.sampled_from("abcd"), max_size=40))
+def test_longest_common_is_the_tables(a: list[str], b: list[str]) -> None:
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    assert longest_common(a, b) == table[-1][-1]

@@ -1,0 +1,179 @@
+"""Loading: what a folder may not do, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fettle.core.config import validate
+from fettle.core.errors import FettleError
+from fettle.models import load as loading
+from fettle.models.allocator import keep_pages
+from fettle.models.spec import ModelSpec
+
+SMALL = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "vocab_size": 40,
+}  # fmt: skip
+CONFIG = {"model_type": "llama", **SMALL}
+
+
+def write_tokenizer(folder: Path, words: int = 40) -> None:
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SMALL, pad_token_id=None, bos_token_id=None, eos_token_id=1)).save_pretrained(tmp_path / "m")
+    write_tokenizer(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def spec(path: Path | str, **more: Any) -> ModelSpec:
+    return ModelSpec(path=str(path), dtype="float32", device="cpu", **more)
+
+
+def refused(path: Path | str, words: str, **more: Any) -> None:
+    with pytest.raises(FettleError, match=words):
+        loading.load(spec(path, **more))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_folder_loads(folder: Path) -> None:
+    forest = loading.load(spec(folder))
+    assert forest.backend == "segments" and forest.device.type == "cpu" and not forest.model.training
+    assert torch.equal(forest.model.lm_head.weight, load_file(folder / "model.safetensors")["lm_head.weight"])
+
+
+def test_bfloat16_where_the_processor_has_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(loading, "has_bf16_units", lambda has=has: has)
+        assert loading.load(ModelSpec(path=str(folder), device="cpu")).model.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/evil.safetensors", "a/../../b.safetensors", "model.bin", 3, "..", ""])
+def test_an_index_cannot_name_files_elsewhere(folder: Path, name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / loading.INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    opened: list[Any] = []
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: opened.append(a))
+    refused(folder, "plain \\*.safetensors name")
+    assert not opened
+
+
+def test_pickles_are_refused(folder: Path) -> None:
+    os.replace(folder / "model.safetensors", folder / "pytorch_model.bin")
+    refused(folder, "pickled.*convert")
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    refused(folder, "model.safetensors: no such file")
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "lacks 1 of the weights.*model.layers.1.mlp.up_proj.weight")
+
+
+def test_weights_too_many(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["vision.weight"] = torch.zeros(2)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "vision.weight")
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    edit_config(folder, intermediate_size=32)
+    refused(folder, "cannot be loaded|another shape")
+
+
+def test_a_damaged_file(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    refused(folder, "cannot be loaded")
+
+
+def test_a_name_that_is_nothing(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "there is no folder")
+    refused("./nowhere", "there is no folder")
+    refused("some/name-that-nobody-has", "neither a folder here nor could it be fetched")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no config.json")
+
+
+def test_a_tokenizer_of_another_model(folder: Path) -> None:
+    write_tokenizer(folder, 41)
+    refused(folder, "ids up to 40 but the model's embedding has 40 rows")
+
+
+def test_code_runs_only_when_trusted_and_pinned(folder: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    edit_config(folder, model_type="home_made", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
+    refused(folder, "trust_remote_code")
+    assert not mark.exists()
+    with pytest.raises(ValidationError, match="full commit"):
+        ModelSpec(path=str(folder), trust_remote_code=True, revision="main")
+    edit_config(folder, auto_map={"AutoConfig": "other/repository--code.C"})
+    refused(folder, "another repository", trust_remote_code=True, revision="a" * 40)
+    assert not mark.exists()
+
+
+def test_from_nothing(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    made = [
+        loading.load(ModelSpec(config=CONFIG, tokenizer=str(tmp_path), seed=s, dtype="float32", device="cpu")) for s in (1, 1, 2)
+    ]
+    first, again, other = (forest.model.lm_head.weight for forest in made)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_config_that_is_wrong(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    with pytest.raises(FettleError, match="model.config.*lama"):
+        loading.load(ModelSpec(config=CONFIG | {"model_type": "lama"}, tokenizer=str(tmp_path)))
+    for bad, words in (({"config": {}}, "model_type"), ({"config": CONFIG}, "needs 'tokenizer'"), ({"config": CONFIG, "path": "x"}, "exclude")):
+        with pytest.raises(ValidationError, match=words):
+            ModelSpec(**bad)
+
+
+def test_a_plain_string_is_a_path() -> None:
+    assert validate(ModelSpec, "name/model", "recipe.yaml").path == "name/model"
+
+
+def test_the_hash_of_a_base_follows_its_weights(folder: Path) -> None:
+    before = loading.base_hash(folder)
+    assert before == loading.base_hash(folder)
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(bytes(data))
+    assert loading.base_hash(folder) != before
+
+
+def test_devices() -> None:
+    assert loading.pick_device("cpu").type == "cpu"
+    for bad in ("gpu", "cuda:99"):
+        with pytest.raises(FettleError, match=bad):
+            loading.pick_device(bad)
+
+
+def test_the_allocator_takes_the_setting() -> None:
+    assert keep_pages() in (True, False)
