@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fettle.core.batch import Batch, Example, Node, ancestors, pack
-from fettle.core.errors import FettleError
 from fettle.models.forest import Forest
 
 VOCABULARY, LENGTH, WINDOW = 61, 96, 6
@@ -58,7 +57,11 @@ DROPOUTS = ("attention_dropout", "hidden_dropout", "attn_pdrop", "resid_pdrop", 
 def tiny(kind: str) -> nn.Module:
     config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, **CONFIGS[kind])
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").double().eval()
+    model = (
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+        .double()
+        .eval()
+    )
     for name, parameter in model.named_parameters():  # larger than at the usual start, so that a leak shows
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.15 if "embed" not in name and "wte" not in name else 0.5)
@@ -119,18 +122,24 @@ def backends(kind: str) -> tuple[str, ...]:
 
 
 def check(forest: Forest, reference: nn.Module, batch: Batch) -> None:
-    real = torch.tensor([bool(n) for n, s in zip(batch.names, batch.segments, strict=True) for _ in range(s.start, s.stop)])
+    real = torch.tensor(
+        [bool(n) for n, s in zip(batch.names, batch.segments, strict=True) for _ in range(s.start, s.stop)]
+    )
     expected = alone(reference, batch)
     found = forest.logits(batch, torch.arange(LENGTH))
     assert torch.isfinite(found).all()  # the tail too
     torch.testing.assert_close(found[real].double(), expected[real], rtol=0, atol=2e-5)
-    cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * real[:, None]
+    cotangent = (
+        torch.randn(expected.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * real[:, None]
+    )
     (expected * cotangent).sum().backward()
     (found * cotangent).sum().backward()
     largest = max(float(p.grad.abs().max()) for p in reference.parameters() if p.grad is not None)
     for (name, ours), theirs in zip(forest.model.named_parameters(), reference.parameters(), strict=True):
         if theirs.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=2e-5 * largest, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                ours.grad, theirs.grad, rtol=0, atol=2e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))

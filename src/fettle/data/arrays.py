@@ -157,7 +157,8 @@ def _torn(window: _Window, line: int) -> Element:
             break
         if window.size > MAX_ROW:  # let go of what cannot hold the next opener
             head = head or window.data[window.at : window.at + HEAD]
-            gone = max(window.data.rfind(b"\n") - window.at, 1)
+            newline = window.data.rfind(b"\n", window.at + 1)
+            gone = newline - window.at if newline > 0 else window.size
             size += gone
             window.cut(gone)
         if not window.more():

@@ -74,6 +74,8 @@ def _build(spec: DataSpec, encoder: Encoder, folder: Path) -> Store:
             job.check()
         except FettleError as error:
             raise job.blame(error, folder) from None
+        finally:
+            job.writer.stop()
         job.writer.close(job.manifest(folder))
     return open_store(folder)
 

@@ -61,10 +61,14 @@ class Writer:
         line = {"where": where, "reason": reason, "row": value if value is not None else raw}
         self.aside.write(orjson.dumps(line, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS))
 
-    def close(self, manifest: dict[str, Any]) -> None:
-        """Write the arrays and what the manifest says."""
+    def stop(self) -> None:
+        """Close the files, whether or not there is more to write."""
         self.tokens.close()
         self.aside.close()
+
+    def close(self, manifest: dict[str, Any]) -> None:
+        """Write the arrays and what the manifest says."""
+        self.stop()
         columns: dict[str, array[Any]] = {
             "offsets": self.offsets, "spans": self.spans, "span_weights": self.weights, "span_offsets": self.span_offsets,
             "rows": self.rows, "files": self.files, "parts": self.parts, "learned": self.learned,

@@ -22,11 +22,16 @@ def bars(groups: dict[str, dict[str, Score]], models: Sequence[str], file: Path)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for m, model in enumerate(models):
+        first = next(
+            (g for g, scores in enumerate(groups.values()) if model in scores), 0
+        )  # the bar that names its colour
         for g, scores in enumerate(groups.values()):
             if score := scores.get(model):
                 at = g + (m - (len(models) - 1) / 2) * thick
                 whisker = [[max(0.0, score.mean - score.low)], [max(0.0, score.high - score.mean)]]
-                axes.barh(at, score.mean, thick * 0.9, color=COLOURS[m % len(COLOURS)], label=model if g == 0 else None)
+                axes.barh(
+                    at, score.mean, thick * 0.9, color=COLOURS[m % len(COLOURS)], label=model if g == first else None
+                )
                 axes.errorbar(score.mean, at, xerr=whisker, fmt="none", ecolor="#222222", capsize=2, linewidth=1)
                 axes.annotate(f"{score.mean:.2f}", (max(score.high, score.mean), at), (5, 0), textcoords="offset points",
                               va="center", fontsize=7, color="#333333")  # fmt: skip

@@ -197,6 +197,7 @@ def load_peft(forest: Forest, folder: Path) -> LoRA:
             raise FettleError(f"{folder}: adapts '{name}', which this model does not have; {nearest(name, every)}")
     edit = edit.model_copy(update={"targets": short_targets(forest.model, edit.targets)})
     edit.apply(forest.model)
+    forest.model.train(forest.model.training)  # new modules begin in training mode, and dropout would be on
     for key, there in edit.tensors(forest.model).items():
         if there.shape != tensors[key].shape:
             raise FettleError(

@@ -9,26 +9,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-import fettle
-from fettle.core.errors import FettleError
 from fettle.evaluate import Results, TaskFile, compare, evaluate
 from fettle.evaluate.results import difference_table, draw
 from fettle.export import export
 from fettle.generate import Sampling, generate, prompter
+from fettle.lab.recipes import recipe_file
 from fettle.lab.write import write_lab
 from fettle.models.forest import Forest
 from fettle.stages import check, load_recipe, open_model, run
 
 EACH = 20  # items a family in the evaluations that are written; the demo scores some of them
-
-
-def recipe_file(name: str) -> Path:
-    """A recipe that comes with fettle: in the checkout, or installed beside the package."""
-    package = Path(fettle.__file__).parent
-    for folder in (package.parents[1] / "recipes", package / "recipes"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FettleError(f"recipe '{name}': not found in {package / 'recipes'}; the installation is incomplete")
 
 
 def demo(data: str | None = None, short: bool = False, console: Console | None = None) -> Path:

@@ -76,17 +76,23 @@ def refuse_unknown(module: nn.Module, other: dict[str, Any]) -> None:
     """FettleError where a layer asks its attention for something that changes the result and is not built here."""
     for key in ("s_aux", "position_bias", "head_mask", "cache"):
         if other.get(key) is not None:
-            raise FettleError(f"{type(module).__name__} passes '{key}' to its attention, which a forest batch does not support")
+            raise FettleError(
+                f"{type(module).__name__} passes '{key}' to its attention, which a forest batch does not support"
+            )
 
 
-def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, cap: float) -> Tensor:
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, cap: float
+) -> Tensor:
     key, value = repeat(key, query.shape[1]), repeat(value, query.shape[1])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = torch.tanh(query @ key.transpose(2, 3) * (scale / cap)).float() * cap
     if mask is None and query.shape[2] > 1:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - query.shape[2])
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(
+            key.shape[2] - query.shape[2]
+        )
+    if mask is not None:  # the least number rather than -inf: the rows of left padding see nothing at all
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return (scores.softmax(-1).to(query.dtype) @ value).transpose(1, 2).contiguous()
 
 
@@ -105,7 +111,12 @@ def dense(
     mask = plan.mask(window, query.device)
     if softcap is None:
         return nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
-    scores = torch.tanh((query @ key.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32)) * (scale / softcap)) * softcap
+    scores = (
+        torch.tanh(
+            (query @ key.transpose(2, 3)).to(torch.promote_types(query.dtype, torch.float32)) * (scale / softcap)
+        )
+        * softcap
+    )
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(query.dtype)
     return nn.functional.dropout(weights, dropout) @ value
 

@@ -22,17 +22,20 @@ class Forest:
     T tokens of a batch, C width, V vocabulary, N learned targets.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, spec: ModelSpec | None = None, backend: str | None = None) -> None:
-        self.model, self.tokenizer, self.spec = model, tokenizer, spec or ModelSpec()
-        self.config = model.config
+    def __init__(
+        self, model: nn.Module, tokenizer: Any = None, spec: ModelSpec | None = None, backend: str | None = None
+    ) -> None:
+        self.model: Any = model
+        self.tokenizer, self.spec = tokenizer, spec or ModelSpec()
+        self.config: Any = model.config
         self.backend = backend or pick(model, self.spec.attention)
         if self.backend != "paths":
-            model.set_attn_implementation(f"fettle_{self.backend}")  # type: ignore[operator]
+            self.model.set_attn_implementation(f"fettle_{self.backend}")
 
     def with_backend(self, backend: str) -> Forest:
         """The same model, attending in another way; the old object is not to be used any more."""
         if self.backend != "paths" and backend == "paths":
-            self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")  # type: ignore[operator]
+            self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
         return Forest(self.model, self.tokenizer, self.spec, backend)
 
     @property
@@ -43,7 +46,7 @@ class Forest:
     @property
     def head(self) -> Head:
         """The way from hidden states to logits, with whatever module stands there now."""
-        module = self.model.get_output_embeddings()  # type: ignore[operator]
+        module = self.model.get_output_embeddings()
         if module is None:
             raise FettleError(f"{type(self.model).__name__} has no output embedding: it is not a language model")
         text = self.config.get_text_config()
@@ -60,7 +63,7 @@ class Forest:
             return self._body(input_ids=batch.tokens[None], position_ids=batch.positions[None])[0]
 
     def _body(self, **inputs: Tensor) -> Tensor:
-        return self.model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[operator]
+        return self.model.base_model(**inputs, use_cache=False).last_hidden_state
 
     def logps(self, batch: Batch) -> Tensor:
         """float32 [N]: log-probabilities of the learned targets, in the order of their positions."""
@@ -74,11 +77,13 @@ class Forest:
         return self.head.logits(self.hidden(batch)[positions.to(self.device)])
 
 
-def pick(model: nn.Module, asked: str = "auto") -> str:
+def pick(model: Any, asked: str = "auto") -> str:
     """The attention backend for a model where it lies; FettleError where the one asked for cannot serve it."""
     if obstacle := _obstacle(model):
         if asked not in ("auto", "paths"):
-            raise FettleError(f"model.attention: '{asked}' cannot serve {type(model).__name__}, which {obstacle}; use 'auto'")
+            raise FettleError(
+                f"model.attention: '{asked}' cannot serve {type(model).__name__}, which {obstacle}; use 'auto'"
+            )
         return "paths"
     if asked != "auto":
         return asked
@@ -88,11 +93,11 @@ def pick(model: nn.Module, asked: str = "auto") -> str:
     return "varlen" if parameter.dtype in (torch.bfloat16, torch.float16) else "flex"
 
 
-def _obstacle(model: nn.Module) -> str | None:
+def _obstacle(model: Any) -> str | None:
     """Why a model's attention cannot be told of segments, if so."""
     if not getattr(model, "_supports_attention_backend", False):
         return "has no attention interface"
-    text = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    text = model.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ()) | set(getattr(text, "layers_block_type", None) or ())
     if other := kinds - {"full_attention", "sliding_attention", "attention"}:
         return f"has layers of another kind ({', '.join(sorted(other))})"

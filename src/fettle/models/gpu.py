@@ -22,7 +22,9 @@ def attend_flex(
 ) -> Tensor:
     """[1, H, T, D] by FlexAttention, compiled on a GPU; on a CPU forward only."""
     if query.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        raise FettleError("model.attention: 'flex' cannot train on a CPU (FlexAttention has no backward pass there); use 'segments'")
+        raise FettleError(
+            "model.attention: 'flex' cannot train on a CPU (FlexAttention has no backward pass there); use 'segments'"
+        )
     mask = plan.keep(("flex", window, query.device), lambda: block_mask(plan, window, query.device))
     run = _compiled() if query.device.type == "cuda" else flex_attention
     grouped = query.shape[1] != key.shape[1]
@@ -91,7 +93,9 @@ def _walk(plan: Plan) -> tuple[Tensor, ...]:
 
 def _bounds(plan: Plan, device: torch.device) -> tuple[Tensor, int]:
     stops = [0] + [segment.stop for segment in plan.segments]
-    return torch.tensor(stops, dtype=torch.int32, device=device), max(b - a for a, b in zip(stops, stops[1:], strict=False))
+    return torch.tensor(stops, dtype=torch.int32, device=device), max(
+        b - a for a, b in zip(stops, stops[1:], strict=False)
+    )
 
 
 @cache

@@ -66,7 +66,9 @@ def chunks(rows: int, vocabulary: int, device: torch.device) -> list[slice]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    return type(module) is nn.Linear and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import fettle
@@ -24,6 +25,7 @@ from fettle.models.spec import EMBEDDED, ModelSpec
 
 INDEX = "model.safetensors.index.json"
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_WHAT = {"config.json": "model", "tokenizer_config.json": "tokenizer"}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -38,8 +40,22 @@ def load(spec: ModelSpec) -> Forest:
     check_vocabulary(model, tokenizer)
     model.to(device).eval()  # type: ignore[arg-type]
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        checkpoint_layers(model)
     return prove(Forest(model, tokenizer, spec))
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Keep only the input of each layer in a training pass, and compute the layer again in the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise FettleError(
+            f"model.gradient_checkpointing: {type(model).__name__} has no support for it ({error})"
+        ) from None
+    # transformers lets the embedding's output ask for a gradient, for the reentrant kind, which would draw the
+    # backward pass through layers where nothing trains.
+    model.disable_input_require_grads()
 
 
 def pick_device(name: str) -> torch.device:
@@ -51,7 +67,9 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise FettleError(f"model.device: '{name}' is not a device; use auto, cpu, cuda or cuda:<number>") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise FettleError(f"model.device: '{name}' is not here ({torch.cuda.device_count()} CUDA devices); use auto or cpu")
+        raise FettleError(
+            f"model.device: '{name}' is not here ({torch.cuda.device_count()} CUDA devices); use auto or cpu"
+        )
     return device
 
 
@@ -69,20 +87,24 @@ def has_bf16_units() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def folder_of(path: str, revision: str | None = None) -> Path:
-    """The local folder of a model: embedded, given, or fetched from the hub."""
+def folder_of(path: str, revision: str | None = None, needs: str = "config.json") -> Path:
+    """The local folder of a model: embedded, given, or fetched from the hub; `needs` is the file that makes it one."""
     if path == EMBEDDED:
         folder = Path(fettle.__file__).parent / "lab" / "tiny"
         if not (folder / "config.json").is_file():
-            raise FettleError(f"{folder}: the embedded base is missing from this installation; build it with 'fettle lab base'")
+            raise FettleError(
+                f"{folder}: the embedded base is missing from this installation; build it with 'fettle lab base'"
+            )
         return folder
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FettleError(f"{folder}: no config.json in it, so it is not a model folder")
+        if not (folder / needs).is_file():
+            raise FettleError(f"{folder}: no {needs} in it, so it is not the folder of a {_WHAT[needs]}")
         return folder
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
-        raise FettleError(f"model: there is no folder '{path}'; give a folder, a Hugging Face id (name/model) or '{EMBEDDED}'")
+        raise FettleError(
+            f"model: there is no folder '{path}'; give a folder, a Hugging Face id (name/model) or '{EMBEDDED}'"
+        )
     return _fetched(path, revision)
 
 
@@ -108,7 +130,9 @@ def weight_files(folder: Path) -> list[Path]:
             raise FettleError(f"{folder / INDEX}: no 'weight_map' in it")
         for tensor, name in listed.items():
             if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-                raise FettleError(f"{folder / INDEX}: the file of '{tensor}' is {name!r}; expected a plain *.safetensors name")
+                raise FettleError(
+                    f"{folder / INDEX}: the file of '{tensor}' is {name!r}; expected a plain *.safetensors name"
+                )
         files = [folder / name for name in sorted(set(listed.values()))]
     else:
         files = [folder / "model.safetensors"]
@@ -143,9 +167,13 @@ def pretrained(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
             trust_remote_code=spec.trust_remote_code,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise FettleError(f"{folder}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    for key, what in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape"), ("unexpected_keys", "has, unasked,")):
+    for key, what in (
+        ("missing_keys", "lacks"),
+        ("mismatched_keys", "has in another shape"),
+        ("unexpected_keys", "has, unasked,"),
+    ):
         if names := sorted(map(str, report.get(key) or ())):
             raise FettleError(
                 f"{folder}: the checkpoint {what} {len(names)} of the weights of {type(model).__name__} ({', '.join(names[:3])}"
@@ -171,12 +199,22 @@ def random_model(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
 
 def check_code(folder: Path, trusted: bool) -> None:
     """FettleError where a model needs code of its own and may not run it, or names code in another repository."""
-    auto = read_json(folder / "config.json").get("auto_map")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    config = read_json(folder / "config.json")
+    auto, kind = config.get("auto_map"), config.get("model_type")
     if not auto:
         return
+    if kind not in CONFIG_MAPPING_NAMES and not trusted:
+        raise FettleError(
+            f"{folder}: '{kind}' is no architecture of transformers and brings its own code; read that code, then set "
+            f"trust_remote_code: true and revision: <the full commit that you read>"
+        )
     elsewhere = [value for value in _strings(auto) if "--" in value]
     if elsewhere and trusted:
-        raise FettleError(f"{folder / 'config.json'}: auto_map names code of another repository ('{elsewhere[0]}'), which is not pinned")
+        raise FettleError(
+            f"{folder / 'config.json'}: auto_map names code of another repository ('{elsewhere[0]}'), which is not pinned"
+        )
 
 
 def _strings(value: Any) -> list[str]:
@@ -190,7 +228,11 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     """The tokenizer that goes with a model."""
     from transformers import AutoTokenizer
 
-    folder = folder_of(spec.tokenizer or spec.path, None if spec.tokenizer else spec.revision)
+    folder = (
+        folder_of(spec.tokenizer, needs="tokenizer_config.json")
+        if spec.tokenizer
+        else folder_of(spec.path, spec.revision)
+    )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:

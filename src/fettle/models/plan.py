@@ -171,7 +171,9 @@ def _bucket(
         seen = torch.from_numpy(_seen(tiles, rows, columns, window)).to(device)
     bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
     put = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
-    return Bucket((len(tiles), rows, columns), put(queries.ravel()), put(keys.ravel()), put(np.flatnonzero(spare)), bias[:, None])
+    return Bucket(
+        (len(tiles), rows, columns), put(queries.ravel()), put(keys.ravel()), put(np.flatnonzero(spare)), bias[:, None]
+    )
 
 
 def _seen(tiles: list[Tile], rows: int, columns: int, window: int | None) -> np.ndarray:

@@ -49,7 +49,7 @@ def difference(forest: Forest) -> float:
     return max(worst)
 
 
-class plain:  # noqa: N801 - reads as what it does
+class plain:
     """Within it, a forest's model attends as transformers does by itself."""
 
     def __init__(self, forest: Forest) -> None:
@@ -57,11 +57,11 @@ class plain:  # noqa: N801 - reads as what it does
 
     def __enter__(self) -> None:
         if self.ours:
-            self.model.set_attn_implementation("eager")  # type: ignore[operator]
+            self.model.set_attn_implementation("eager")
 
     def __exit__(self, *_: object) -> None:
         if self.ours:
-            self.model.set_attn_implementation(self.ours)  # type: ignore[operator]
+            self.model.set_attn_implementation(self.ours)
 
 
 def prove(forest: Forest) -> Forest:
@@ -69,7 +69,7 @@ def prove(forest: Forest) -> Forest:
     kind = forest.config.model_type
     if kind in PROVEN:
         return forest
-    allowed = TOLERANCE.get(forest.model.dtype, 0.2)  # type: ignore[arg-type]
+    allowed = TOLERANCE.get(forest.model.dtype, 0.2)
     try:
         apart = difference(forest)
     except FettleError:

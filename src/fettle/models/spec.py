@@ -17,7 +17,9 @@ class ModelSpec(Spec):
 
     path: str = Field(EMBEDDED, description="'fettle/tiny' (the embedded base), a folder, or a Hugging Face id")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
-    trust_remote_code: bool = Field(False, description="run code that came with the model; needs a full commit as revision")
+    trust_remote_code: bool = Field(
+        False, description="run code that came with the model; needs a full commit as revision"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on a GPU and on a CPU with bfloat16 units, else float32"
     )
@@ -25,7 +27,8 @@ class ModelSpec(Spec):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     gradient_checkpointing: bool = False
     config: dict[str, Any] | None = Field(
-        None, description="a transformers configuration (with model_type) to start from random weights instead of `path`"
+        None,
+        description="a transformers configuration (with model_type) to start from random weights instead of `path`",
     )
     tokenizer: str | None = Field(None, description="folder or id of the tokenizer; default: the model's own")
     seed: int = Field(0, ge=0, description="seed of the random weights, where `config` is given")
@@ -46,7 +49,9 @@ class ModelSpec(Spec):
             if "model_type" not in self.config:
                 raise ValueError("config: the key 'model_type' is missing, as in {model_type: llama, hidden_size: 256}")
             if "path" in self.model_fields_set:
-                raise ValueError("'path' and 'config' exclude each other: the first loads weights, the second draws them")
+                raise ValueError(
+                    "'path' and 'config' exclude each other: the first loads weights, the second draws them"
+                )
             if self.tokenizer is None:
                 raise ValueError("a model from 'config' needs 'tokenizer': a folder or a Hugging Face id")
         return self

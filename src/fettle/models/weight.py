@@ -34,7 +34,9 @@ def in_out(module: nn.Module) -> tuple[int, int]:
 def read_weight(module: nn.Module) -> Tensor:
     """The weight as [out, in]; a view where the layer stores it, so do not write to it."""
     if is_adapter(module):
-        raise FettleError(f"{type(module).__name__} adapts a linear layer: read the weight of its base, or merge it first")
+        raise FettleError(
+            f"{type(module).__name__} adapts a linear layer: read the weight of its base, or merge it first"
+        )
     in_out(module)
     weight = module.weight
     return weight.t() if isinstance(module, Conv1D) else weight  # type: ignore[operator, return-value]

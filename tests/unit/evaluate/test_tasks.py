@@ -21,7 +21,13 @@ def write(path: Path, *rows: object) -> Path:
 
 
 def test_reads_each_kind(tmp_path: Path) -> None:
-    chat = {"messages": [{"role": "user", "content": "Capital?"}], "answer": ["Paris"], "metric": "contains", "family": "f", "cluster": "c"}
+    chat = {
+        "messages": [{"role": "user", "content": "Capital?"}],
+        "answer": ["Paris"],
+        "metric": "contains",
+        "family": "f",
+        "cluster": "c",
+    }
     choice = {"prompt": "The sky is", "choices": [" blue", " red"], "answer": 0, "id": 7, "meta": {"a": 1}}
     items = read_tasks(write(tmp_path / "t.jsonl", GOOD, b"", chat, choice))
     assert [i.where for i in items] == [f"{tmp_path}/t.jsonl:{n}" for n in (1, 3, 4)]
@@ -99,7 +105,9 @@ def test_shown_examples(tmp_path: Path) -> None:
 
 
 def test_specs_from_a_recipe_and_from_a_folder(tmp_path: Path) -> None:
-    task, text = validate(tuple[EvalSpec, ...], [{"path": "a.jsonl", "shots": 2}, {"kind": "perplexity", "path": "b.txt"}], "r.yaml")
+    task, text = validate(
+        tuple[EvalSpec, ...], [{"path": "a.jsonl", "shots": 2}, {"kind": "perplexity", "path": "b.txt"}], "r.yaml"
+    )
     assert isinstance(task, TaskFile) and task.shots == 2 and isinstance(text, Perplexity)
     with pytest.raises(FettleError, match="unknown key '0.shot': did you mean 'shots'"):
         validate(tuple[EvalSpec, ...], [{"path": "a.jsonl", "shot": 2}], "r.yaml")

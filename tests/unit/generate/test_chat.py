@@ -44,7 +44,9 @@ def test_turns_and_commands(forest: Forest, monkeypatch) -> None:
     roles = [[m["role"] for m in messages] for messages in asked]
     assert roles == [["user"], ["user", "assistant", "user"], ["user"], ["system", "user"]]
     assert asked[1][1]["content"] == "answer" and asked[3][0]["content"] == "Be brief."
-    assert "> one\nanswer\n" in out and "forgotten" in out and "instructions: Be brief." in out and "/reset forgets" in out
+    assert (
+        "> one\nanswer\n" in out and "forgotten" in out and "instructions: Be brief." in out and "/reset forgets" in out
+    )
     assert "five" not in out
 
 

@@ -159,7 +159,10 @@ def test_filters_are_transformers() -> None:
         ({"top_k": 5}, [TopKLogitsWarper(5)]),
         ({"top_p": 0.7}, [TopPLogitsWarper(0.7)]),
         ({"min_p": 0.2}, [MinPLogitsWarper(0.2)]),
-        ({"top_k": 20, "top_p": 0.9, "min_p": 0.05}, [TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)]),
+        (
+            {"top_k": 20, "top_p": 0.9, "min_p": 0.05},
+            [TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)],
+        ),
     ]:
         mine = filtered(scores, Sampling(**settings))
         assert torch.equal(mine, LogitsProcessorList(theirs)(torch.zeros(3, 1, dtype=torch.long), scores.clone()))

@@ -14,7 +14,9 @@ N, C, V = 23, 8, 31
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "chunks", lambda rows, v, device: [slice(i, min(i + 5, rows)) for i in range(0, rows, 5)])
+    monkeypatch.setattr(
+        heads, "chunks", lambda rows, v, device: [slice(i, min(i + 5, rows)) for i in range(0, rows, 5)]
+    )
 
 
 def linear(bias: bool, trains: bool, dtype: torch.dtype = torch.float64) -> nn.Linear:

@@ -36,7 +36,9 @@ def write_tokenizer(folder: Path, words: int = 40) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SMALL, pad_token_id=None, bos_token_id=None, eos_token_id=1)).save_pretrained(tmp_path / "m")
+    LlamaForCausalLM(LlamaConfig(**SMALL, pad_token_id=None, bos_token_id=None, eos_token_id=1)).save_pretrained(
+        tmp_path / "m"
+    )
     write_tokenizer(tmp_path / "m")
     return tmp_path / "m"
 
@@ -67,7 +69,9 @@ def test_bfloat16_where_the_processor_has_it(folder: Path, monkeypatch: pytest.M
         assert loading.load(ModelSpec(path=str(folder), device="cpu")).model.dtype == dtype
 
 
-@pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/evil.safetensors", "a/../../b.safetensors", "model.bin", 3, "..", ""])
+@pytest.mark.parametrize(
+    "name", ["../evil.safetensors", "/etc/evil.safetensors", "a/../../b.safetensors", "model.bin", 3, "..", ""]
+)
 def test_an_index_cannot_name_files_elsewhere(folder: Path, name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / loading.INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
     opened: list[Any] = []
@@ -140,7 +144,8 @@ def test_code_runs_only_when_trusted_and_pinned(folder: Path, tmp_path: Path) ->
 def test_from_nothing(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     made = [
-        loading.load(ModelSpec(config=CONFIG, tokenizer=str(tmp_path), seed=s, dtype="float32", device="cpu")) for s in (1, 1, 2)
+        loading.load(ModelSpec(config=CONFIG, tokenizer=str(tmp_path), seed=s, dtype="float32", device="cpu"))
+        for s in (1, 1, 2)
     ]
     first, again, other = (forest.model.lm_head.weight for forest in made)
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -150,7 +155,11 @@ def test_a_config_that_is_wrong(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     with pytest.raises(FettleError, match="model.config.*lama"):
         loading.load(ModelSpec(config=CONFIG | {"model_type": "lama"}, tokenizer=str(tmp_path)))
-    for bad, words in (({"config": {}}, "model_type"), ({"config": CONFIG}, "needs 'tokenizer'"), ({"config": CONFIG, "path": "x"}, "exclude")):
+    for bad, words in (
+        ({"config": {}}, "model_type"),
+        ({"config": CONFIG}, "needs 'tokenizer'"),
+        ({"config": CONFIG, "path": "x"}, "exclude"),
+    ):
         with pytest.raises(ValidationError, match=words):
             ModelSpec(**bad)
 

@@ -1,0 +1,173 @@
+"""Exports against the libraries that read them, and PEFT adapters read here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from fettle.export import export, load_peft
+from fettle.models.forest import Forest
+from fettle.models.load import load
+from fettle.models.spec import ModelSpec
+from fettle.peft import LoRA
+
+peft: Any = pytest.importorskip("peft")
+TOKENS = torch.randint(0, 300, (2, 23), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt2(tmp_path_factory, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128, **ids)
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def opened(folder: Path) -> Forest:
+    forest = load(ModelSpec(path=str(folder), dtype="float32"))
+    forest.model.requires_grad_(False)
+    return forest
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=TOKENS).logits
+
+
+def liven(tensors) -> None:
+    torch.manual_seed(1)
+    for tensor in tensors:
+        tensor.data.normal_(std=0.2)
+
+
+CONFIGS = {
+    "list": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 7},
+    "regex": {
+        "target_modules": r".*\.1\.(self_attn\.k_proj|mlp\.down_proj)",
+        "r": 3,
+        "lora_alpha": 8,
+        "use_rslora": True,
+    },
+    "all-linear": {"target_modules": "all-linear", "r": 2, "lora_alpha": 4, "lora_dropout": 0.1},
+    "some layers": {"target_modules": ["q_proj"], "layers_to_transform": [1], "r": 4, "lora_alpha": 4},
+    "gaussian": {"target_modules": ["o_proj"], "r": 4, "lora_alpha": 4, "init_lora_weights": "gaussian"},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_pefts_adapters_load_here(tiny_llama: Path, tmp_path: Path, name: str) -> None:
+    theirs = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_llama), peft.LoraConfig(task_type="CAUSAL_LM", **CONFIGS[name])
+    )
+    liven(p for n, p in theirs.named_parameters() if "lora_" in n)
+    theirs.save_pretrained(tmp_path / "adapter")
+    forest = opened(tiny_llama)
+    base = logits(forest.model)
+    edit = load_peft(forest, tmp_path / "adapter")
+    assert torch.allclose(logits(forest.model), logits(theirs), atol=1e-5)
+    assert not torch.allclose(base, logits(theirs), atol=1e-2)
+    export(forest, [edit], tmp_path / "again", "peft")  # and out again
+    assert edit.dropout == CONFIGS[name].get("lora_dropout", 0.0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rslora": True, "alpha": 5.0}, {"targets": ("q_proj", "down_proj")}, {"targets": r".*layers\.0\..*"}],
+)
+def test_our_adapters_load_in_peft(tiny_llama: Path, tmp_path: Path, settings: dict) -> None:
+    forest = opened(tiny_llama)
+    edit = LoRA(rank=4, **settings)
+    edit.apply(forest.model)
+    liven(edit.tensors(forest.model).values())
+    parity = export(forest, [edit], tmp_path / "out", "peft")
+    assert parity.checked_with == "peft"
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "out")
+    assert torch.allclose(logits(forest.model), logits(theirs), atol=1e-5)
+
+
+def test_without_peft_the_adapter_is_read_back_by_our_own_reader(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    forest = opened(tiny_llama)
+    edit = LoRA(rank=4)
+    edit.apply(forest.model)
+    liven(edit.tensors(forest.model).values())
+    assert export(forest, [edit], tmp_path / "out", "peft").checked_with == "fettle"
+
+
+def test_conv1d_both_ways(tiny_gpt2: Path, tmp_path: Path) -> None:
+    forest = opened(tiny_gpt2)
+    edit = LoRA(rank=4, targets=("c_attn", "c_proj"))
+    edit.apply(forest.model)
+    liven(edit.tensors(forest.model).values())
+    export(forest, [edit], tmp_path / "out", "peft")
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_gpt2), tmp_path / "out")
+    assert theirs.peft_config["default"].fan_in_fan_out
+    assert torch.allclose(logits(forest.model), logits(theirs), atol=1e-5)
+    theirs.save_pretrained(tmp_path / "back")
+    again = opened(tiny_gpt2)
+    load_peft(again, tmp_path / "back")
+    assert torch.equal(logits(again.model), logits(forest.model))
+    export(forest, [edit], tmp_path / "merged", "hf")
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(theirs), atol=1e-5)
+
+
+def test_merged_folder_is_pefts_merge(tiny_llama: Path, tmp_path: Path) -> None:
+    forest = opened(tiny_llama)
+    edit = LoRA(rank=4)
+    edit.apply(forest.model)
+    liven(edit.tensors(forest.model).values())
+    export(forest, [edit], tmp_path / "adapter", "peft")
+    export(forest, [edit], tmp_path / "merged", "hf")
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "adapter"
+    ).merge_and_unload()
+    mine = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, weight in theirs.state_dict().items():
+        assert torch.allclose(mine[name], weight, atol=1e-6), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama_file_converts_back_to_the_merged_model(tmp_path: Path, tokenizer, tied: bool) -> None:
+    """Back by the permutation that transformers' converter applies, on a model with every size different."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=112, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    forest = load(ModelSpec(path=str(tmp_path / "base"), dtype="bfloat16"))
+    edit = LoRA(rank=4)
+    edit.apply(forest.model)
+    liven(edit.tensors(forest.model).values())
+    export(forest, [edit], tmp_path / "out", "llama")
+    stored = torch.load(tmp_path / "out" / "consolidated.00.pth", weights_only=True)
+    edit.merge(forest.model)
+
+    def halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
+        rows, width = weight.shape
+        return weight.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
+
+    wanted = dict(forest.model.named_parameters(remove_duplicate=False))
+    for i in range(3):
+        block, meta = f"model.layers.{i}.", f"layers.{i}."
+        assert torch.equal(halves(stored[f"{meta}attention.wq.weight"], 6), wanted[f"{block}self_attn.q_proj.weight"])
+        assert torch.equal(halves(stored[f"{meta}attention.wk.weight"], 2), wanted[f"{block}self_attn.k_proj.weight"])
+        for theirs, ours in [
+            ("attention.wv", "self_attn.v_proj"), ("attention.wo", "self_attn.o_proj"), ("feed_forward.w1", "mlp.gate_proj"),
+            ("feed_forward.w2", "mlp.down_proj"), ("feed_forward.w3", "mlp.up_proj"), ("attention_norm", "input_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"),
+        ]:  # fmt: skip
+            assert torch.equal(stored[f"{meta}{theirs}.weight"], wanted[f"{block}{ours}.weight"])
+    assert torch.equal(stored["output.weight"], wanted["lm_head.weight"])
+    assert torch.equal(stored["tok_embeddings.weight"], wanted["model.embed_tokens.weight"])

@@ -1,0 +1,162 @@
+"""A run that is killed, ended, damaged or out of disk goes on as if nothing had happened, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from trajectory.conftest import Fettle, command, trace, weights
+
+from fettle.core.errors import FettleError
+from fettle.core.files import verify
+
+DIE = """
+import os, signal
+calls = 0
+def deadly(call):
+    def wrapped(*a, **k):
+        global calls
+        calls += 1
+        if calls == {at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*a, **k)
+    return wrapped
+os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+"""
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
+    """Where the uninterrupted run's trace and weights are kept, once they are known."""
+    return {}
+
+
+@pytest.fixture
+def expected(whole: dict[str, tuple], recipe: Path, fettle: Fettle, tmp_path: Path) -> tuple:
+    """Trace and weights of the uninterrupted run."""
+    if "run" not in whole:
+        done = fettle("run", str(recipe), f"output={tmp_path / 'whole'}")
+        assert done.returncode == 0, done.stderr
+        whole["run"] = trace(tmp_path / "whole"), weights(tmp_path / "whole")
+    return whole["run"]
+
+
+def finish(fettle: Fettle, recipe: Path, folder: Path, expected: tuple) -> str:
+    done = fettle("run", str(recipe), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert (trace(folder), weights(folder)) == expected
+    assert not list((folder / "checkpoints").glob(".*")), "nothing half-written is left"
+    return done.stderr
+
+
+@pytest.mark.parametrize("at", [5, 6, 7, pytest.param(13, marks=pytest.mark.slow)])
+def test_killed_at_a_sync_or_rename(at: int, fettle: Fettle, recipe: Path, tmp_path: Path, expected: tuple) -> None:
+    died = fettle("run", str(recipe), before=DIE.format(at=at))
+    assert died.returncode == -signal.SIGKILL
+    finish(fettle, recipe, tmp_path / "run", expected)
+
+
+@pytest.mark.slow
+def test_killed_at_every_sync_and_rename(fettle: Fettle, recipe: Path, tmp_path: Path, expected: tuple) -> None:
+    at = 1
+    while True:
+        folder = tmp_path / f"run{at}"
+        died = fettle("run", str(recipe), f"output={folder}", before=DIE.format(at=at))
+        if died.returncode == 0:
+            break
+        assert died.returncode == -signal.SIGKILL, died.stderr
+        done = fettle("run", str(recipe), f"output={folder}", "--resume")
+        assert done.returncode == 0, done.stderr
+        assert (trace(folder), weights(folder)) == expected, f"killed at call {at}"
+        at += 1
+    assert at > 30
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(recipe: Path, fettle: Fettle, tmp_path: Path, expected: tuple) -> None:
+    rng = random.Random(0)
+    for i in range(20):
+        folder = tmp_path / f"run{i}"
+        child = subprocess.Popen(command("run", str(recipe), f"output={folder}"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while not (folder / "metrics.jsonl").exists() and child.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1.0))
+        child.kill()
+        child.wait()
+        done = fettle("run", str(recipe), f"output={folder}", "--resume")
+        assert done.returncode == 0, done.stderr
+        assert (trace(folder), weights(folder)) == expected
+
+
+def test_sigterm_saves_and_has_its_own_exit_code(recipe: Path, fettle: Fettle, tmp_path: Path, expected: tuple) -> None:
+    slow = "import fettle.train.loop as l, time; step = l.run_step\nl.run_step = lambda *a: (time.sleep(0.3), step(*a))[1]"
+    child = subprocess.Popen(
+        command("run", str(recipe), "checkpoint.every=100", before=slow), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while child.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 128 + signal.SIGTERM, said
+    assert "SIGTERM: stopped after step" in said and "--resume" in said
+    finish(fettle, recipe, tmp_path / "run", expected)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_stepped_over(
+    recipe: Path, fettle: Fettle, tmp_path: Path, expected: tuple
+) -> None:
+    died = fettle("run", str(recipe), before="import fettle.stages.tune as t\nt.save_artifact = lambda *a: 1 / 0")
+    assert died.returncode != 0
+    newest = tmp_path / "run" / "checkpoints" / "step-00000008" / "state.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    said = finish(fettle, recipe, tmp_path / "run", expected)
+    assert "step-00000008" in said and "damaged" in said and "stepped over" in said and "resuming after step 6" in said.replace("\n", " ")
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(recipe: Path, fettle: Fettle, tmp_path: Path, expected: tuple) -> None:
+    full = """
+import resource, signal, fettle.train.checkpoint as c
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save = c.save
+def limited(folder, step, *rest):
+    if step == 6:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    return save(folder, step, *rest)
+c.save = limited
+"""
+    died = fettle("run", str(recipe), before=full)
+    assert died.returncode == 1
+    assert "step-00000006: the checkpoint could not be written" in died.stderr and "--resume" in died.stderr
+    verify(tmp_path / "run" / "checkpoints" / "step-00000004")
+    finish(fettle, recipe, tmp_path / "run", expected)
+
+
+def test_only_the_newest_are_kept_and_a_run_is_not_overwritten(recipe: Path, fettle: Fettle, tmp_path: Path) -> None:
+    assert fettle("run", str(recipe)).returncode == 0
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000006", "step-00000008"]
+    again = fettle("run", str(recipe))
+    assert again.returncode == 1 and "holds a run already" in again.stderr
+    other = fettle("run", str(recipe), "optim.lr=1e-3", "optim.steps=9", "--resume", before="import shutil")
+    assert other.returncode in (0, 1)
+
+
+def test_resuming_another_recipe_is_refused(recipe: Path, fettle: Fettle, tmp_path: Path) -> None:
+    died = fettle("run", str(recipe), before="import fettle.stages.tune as t\nt.save_artifact = lambda *a: 1 / 0")
+    assert died.returncode != 0
+    other = fettle("run", str(recipe), "optim.lr=1e-3", "--resume")
+    assert other.returncode == 1 and "another recipe" in other.stderr
+
+
+def test_verify_is_what_finds_damage(tmp_path: Path) -> None:
+    with pytest.raises(FettleError, match="no such file"):
+        verify(tmp_path)

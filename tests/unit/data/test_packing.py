@@ -1,0 +1,87 @@
+"""Packing, windows and mixtures: nothing lost, nothing twice, rows full, order by the seed alone."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from fettle.core import FettleError
+from fettle.data import DataSpec
+from fettle.data.mix import epoch_order, shares
+from fettle.data.packing import plan, shuffled
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@given(st.lists(st.integers(1, 64), max_size=300), st.integers(64, 200), st.booleans(), st.integers(0, 5))
+def test_every_example_lies_in_one_row_that_holds_it(lengths: list[int], capacity: int, packing: bool, seed: int) -> None:
+    sizes = np.array(lengths, dtype=np.int64)
+    found = plan(sizes, capacity, packing, seed)
+    assert sorted(found.order.tolist()) == list(range(len(sizes)))
+    for i in range(len(found)):
+        row = found.row(i)
+        assert len(row) and sizes[row].sum() <= capacity
+    if packing:
+        again = plan(sizes, capacity, packing, seed)
+        assert np.array_equal(found.order, again.order) and np.array_equal(found.starts, again.starts)
+        full = sizes.sum() / capacity
+        assert len(found) <= max(1, np.ceil(2 * full)), "any two rows but one together fill a row"
+
+
+def test_rows_are_full_and_the_plan_is_fast() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(5.2, 0.8, 300_000), 8, 2048).astype(np.int64)
+    began = time.perf_counter()
+    found = plan(lengths, 2048, True, 0)
+    assert time.perf_counter() - began < 10
+    assert lengths.sum() / (len(found) * 2048) > 0.99
+
+
+def test_shuffles_are_fixed_for_ever() -> None:
+    assert shuffled(10, 1, 2, 3).tolist() == shuffled(10, 1, 2, 3).tolist()
+    assert shuffled(8, 0).tolist() == FIXED
+    assert len({tuple(shuffled(50, seed, 0).tolist()) for seed in range(20)}) == 20
+
+
+FIXED = [0, 3, 7, 5, 1, 2, 6, 4]
+
+
+def spec(**keys) -> DataSpec:
+    return DataSpec(path="a", **keys)
+
+
+def test_shares() -> None:
+    assert shares([spec(), spec()], [30, 999]) == [30, 999]
+    assert shares([spec(cap=100), spec(cap=100)], [30, 999]) == [30, 100]
+    assert shares([spec(weight=1.0), spec(weight=9.0)], [30, 970]) == [100, 900]
+    assert sum(shares([spec(weight=1.0)] * 3, [10, 10, 12])) == 32
+    with pytest.raises(FettleError, match="give every source a weight"):
+        shares([spec(weight=1.0), spec()], [1, 2])
+
+
+def test_examples_proportional_is_the_rule_of_flan() -> None:
+    sizes, cap = [50, 500, 50_000], 3000
+    counts = np.array(shares([spec(cap=cap)] * 3, sizes))
+    limited = np.minimum(sizes, cap)
+    assert np.allclose(counts / counts.sum(), limited / limited.sum())
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=4), st.integers(0, 3))
+def test_over_epochs_every_example_is_used_equally_often(sources: list[tuple[int, int]], seed: int) -> None:
+    sizes, counts = [list(x) for x in zip(*sources, strict=True)]
+    used = [np.zeros(n, dtype=int) for n in sizes]
+    for epoch in range(5):
+        order = epoch_order(sizes, counts, seed, epoch)
+        assert np.bincount(order[:, 0], minlength=len(sizes)).tolist() == counts
+        assert np.array_equal(order, epoch_order(sizes, counts, seed, epoch))
+        for source, example in order:
+            used[source][example] += 1
+        for seen in used:
+            assert seen.max() - seen.min() <= 1
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    orders = [epoch_order([100], [100], seed, epoch).tolist() for seed in range(3) for epoch in range(3)]
+    assert len({str(o) for o in orders}) == 9
+    assert orders[0] != [[0, i] for i in range(100)]

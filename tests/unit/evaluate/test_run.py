@@ -1,0 +1,141 @@
+"""Whole evaluations: rows, scores by group, files, comparison of two, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import orjson
+import pytest
+
+from fettle.core import FettleError
+from fettle.evaluate import Perplexity, Results, TaskFile, compare, evaluate
+from fettle.evaluate.results import Result, Row, difference_table, draw
+from fettle.evaluate.run import prompt_text
+from fettle.generate import Sampling, generate, prompter
+from fettle.models.forest import Forest
+from fettle.models.load import load
+from fettle.models.spec import ModelSpec
+
+
+@pytest.fixture
+def forest(tiny_llama) -> Forest:
+    return load(ModelSpec(path=str(tiny_llama), dtype="float32"))
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    return str(path)
+
+
+def ask(text: str, **more: object) -> dict:
+    return {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}], **more}
+
+
+def test_a_model_that_is_right_scores_one(forest: Forest, tmp_path: Path) -> None:
+    """The answers are what the model says, so that the whole path from prompt to score is checked."""
+    render = prompter(forest.tokenizer)
+    rows: list[dict] = []
+    for text in ("Count the stones.", "What is the capital?"):
+        row = ask(text, family="chat", cluster="talk")
+        rows.append({**row, "answer": generate(forest, [render.chat(row["messages"])], Sampling(max_tokens=8))[0].text})
+    rows.append(
+        {
+            "prompt": "The baker",
+            "answer": generate(forest, [render.plain("The baker")], Sampling(max_tokens=8))[0].text,
+            "family": "plain",
+        }
+    )
+    rows.append({**rows[0], "answer": "certainly not this", "family": "wrong"})
+    rows.append({"prompt": "The baker", "choices": [" sells", " xyz"], "answer": 0, "family": "pick"})
+    results = evaluate(
+        forest, [TaskFile(path=write(tmp_path / "t.jsonl", rows), max_tokens=8)], tmp_path / "out", progress=False
+    )
+    (result,) = results.results
+    assert [r.score for r in result.rows[:4]] == [1, 1, 1, 0]
+    assert {name: s.mean for name, s in result.families.items() if name != "pick"} == {
+        "chat": 1,
+        "plain": 1,
+        "wrong": 0,
+    }
+    assert result.clusters["talk"].n == 3
+    assert result.scores["exact"].mean == 0.75 and {"acc", "acc_norm"} <= result.scores.keys()
+    assert result.main[0] == "score" and result.main[1].n == 5
+    assert result.about["template_hash"] == render.template_hash and result.about["unfinished"] == 4
+    assert results.model["path"] == forest.spec.path and results.model["dtype"] == "float32"
+    assert result.settings["seed"] == 0 and result.settings["shots"] == 0 and len(result.sha256) == 64
+    assert Results.read(tmp_path / "out") == results
+    assert (tmp_path / "out" / "results.png").read_bytes()[:4] == b"\x89PNG"
+    assert results.summary()[0] | {"low": 0, "high": 0, "mean": 0} == {
+        "evaluation": "t.jsonl", "metric": "score", "mean": 0, "low": 0, "high": 0, "n": 5, "families": 4,
+    }  # fmt: skip
+
+
+def test_perplexity_in_the_results(forest: Forest, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The baker sells bread in the morning. " * 30)
+    results = evaluate(forest, [Perplexity(path=str(tmp_path / "a.txt"), context=64)], tmp_path / "out", progress=True)
+    (result,) = results.results
+    assert result.settings["context"] == 64 and result.settings["stride"] == 63 and result.main[0] == "perplexity"
+    assert Results.read(tmp_path / "out") == results
+    assert not (tmp_path / "out" / "results.png").exists()
+
+
+def test_shots_become_turns_or_solved_prompts(forest: Forest, tmp_path: Path) -> None:
+    render = prompter(forest.tokenizer)
+    chats = TaskFile(path=write(tmp_path / "c.jsonl", [ask("A?", answer="a"), ask("B?", answer="b")]), shots=1)
+    items = chats.examples()
+    text = prompt_text(items[0], chats.shown(items)[0], render)
+    system, user, assistant = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n",
+        "<|im_start|>user\n{}<|im_end|>\n",
+        "<|im_start|>assistant\n",
+    )
+    assert text == system + user.format("B?") + assistant + "b<|im_end|>\n" + user.format("A?") + assistant
+    plain = TaskFile(
+        path=write(
+            tmp_path / "p.jsonl", [{"prompt": "Q: A\nA:", "answer": "a"}, {"prompt": "Q: B\nA:", "answer": "b"}]
+        ),
+        shots=1,
+    )
+    items = plain.examples()
+    assert prompt_text(items[1], plain.shown(items)[1], render) == "Q: A\nA: a\n\nQ: B\nA:"
+
+
+def test_a_prompt_over_the_context_is_named(forest: Forest, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", [{"prompt": "a", "answer": "b"}, {"prompt": "bread " * 600, "answer": "b"}])
+    with pytest.raises(FettleError, match=r"t\.jsonl:2: the prompt has \d+ tokens, and the model sees 512 at most"):
+        evaluate(forest, [TaskFile(path=path)], progress=False)
+
+
+def made(scores: list[float], sha: str = "x", **settings: object) -> Results:
+    rows = [
+        Row(f"t.jsonl:{i}", "even" if i % 2 == 0 else "odd", "", "exact", s, "", "") for i, s in enumerate(scores, 1)
+    ]
+    result = Result.of_rows("t.jsonl", sha, {"seed": 0, **settings}, rows, {"template_hash": "h"})
+    return Results({"path": "m"}, (result,))
+
+
+def test_compare_is_paired() -> None:
+    a, b = [0.0, 1.0] * 20, [1.0, 1.0] * 20
+    (found,) = compare(made(a), made(b))
+    assert (found.a, found.b, found.change.mean) == (0.5, 1.0, 0.5)
+    assert 0.3 < found.change.low < 0.5 < found.change.high < 0.7
+    assert found.families["odd"].mean == 1 and found.families["even"].mean == 0
+    assert found.notes == ()
+    (noted,) = compare(made(a, shots=0), made(b, shots=2))
+    assert noted.notes == ("shots differs: 0 and 2",)
+    assert difference_table([found, noted]).row_count == 7
+
+
+def test_compare_refuses_what_is_not_comparable(tmp_path: Path) -> None:
+    with pytest.raises(FettleError, match="run on different files"):
+        compare(made([1.0]), made([1.0], sha="y"))
+    with pytest.raises(FettleError, match="nothing to compare"):
+        compare(made([1.0]), Results({}, ()))
+    (tmp_path / "results.json").write_text('{"model": {}, "results": [{}]}')
+    with pytest.raises(FettleError, match=r"results\.json: not a results file"):
+        compare(tmp_path, made([1.0]))
+
+
+def test_picture_of_two(tmp_path: Path) -> None:
+    draw({"base": made([0.0, 1.0] * 9), "tuned": made([1.0, 1.0, 0.0] * 6)}, tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10_000
