@@ -13,8 +13,10 @@ import typer
 from fettle import __version__
 
 app = typer.Typer(
-    name="fettle", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    help="Adapts pretrained language models: one recipe, one artifact.\n\nStart with [bold]fettle lab demo[/bold].",
+    name="fettle", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Adapts pretrained language models: one recipe, one artifact.",
+    epilog="Start with [bold]fettle lab demo[/bold], then [bold]fettle check recipes/quickstart.yaml[/bold]. "
+    "Every verb has its own --help.",
 )  # fmt: skip
 lab_app = typer.Typer(no_args_is_help=True, help="The small world on your desk: its data, its base model, its claims.")
 app.add_typer(lab_app, name="lab")
@@ -66,7 +68,7 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(epilog="[bold]fettle check recipes/quickstart.yaml optim.lr=1e-4 batch.tokens=4096[/bold]")
 def check(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -81,7 +83,7 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="[bold]fettle run recipes/quickstart.yaml output=runs/mine[/bold]; stopped or killed, the same with [bold]--resume[/bold]")
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -94,7 +96,7 @@ def run(
     print(artifact)
 
 
-@app.command()
+@app.command(epilog="[bold]fettle chat runs/quickstart fettle/tiny[/bold] answers side by side; questions may also come through a pipe")
 def chat(
     models: Annotated[list[str], typer.Argument(help="one model, or several to talk to side by side", show_default=False)],
     system: Annotated[str, typer.Option(help="instructions to begin with")] = "",
@@ -112,14 +114,14 @@ def chat(
     talk(forests, models, system=system, sampling=sampling)
 
 
-@app.command("eval")
+@app.command("eval", epilog="[bold]fettle eval runs/quickstart runs/lab/tasks -o runs/quickstart/eval[/bold]")
 def evaluate(
     model: ModelName,
     tasks: Annotated[list[str], typer.Argument(help="task files (*.jsonl), texts (*.txt), or folders of them")],
     shots: Annotated[int, typer.Option(help="demonstrations before each question")] = 0,
     seed: Annotated[int, typer.Option(help="seed of demonstrations, limits and intervals")] = 0,
     limit: Annotated[int | None, typer.Option(help="at most this many rows a file")] = None,
-    output: Annotated[Path | None, typer.Option(help="folder for results.json and results.png")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="folder for results.json and results.png")] = None,
     against: Annotated[Path | None, typer.Option(help="an earlier results.json to compare with")] = None,
 ) -> None:
     """Score a model; with intervals, and with template, seed and shots on record."""
@@ -139,7 +141,7 @@ def evaluate(
         console.print(difference_table(compare(Results.read(against), results)))
 
 
-@app.command()
+@app.command(epilog="[bold]fettle export runs/quickstart --to peft[/bold]")
 def export(
     model: ModelName,
     to: Annotated[str, typer.Option(help="hf (merged folder), peft (adapter), llama (.pth and params.json)")] = "hf",
@@ -155,7 +157,7 @@ def export(
     print(f"{target}: reads back with {parity.checked_with}, largest logit difference {parity.largest_difference:.3g}")
 
 
-@app.command()
+@app.command(epilog="[bold]fettle schema > recipe.schema.json[/bold]")
 def schema() -> None:
     """Print the JSON Schema of a recipe, for an editor's completion."""
     from fettle import stages

@@ -128,6 +128,24 @@ def test_dropout_is_off_outside_of_training_and_on_inside(model: nn.Module) -> N
     assert not torch.equal(logits(model), logits(model))
 
 
+def test_two_stacked_edits_keep_apart_and_merge_from_the_inside_out(model: nn.Module) -> None:
+    one, two = LoRA(rank=2), LoRA(rank=3)
+    for edit in (one, two):
+        edit.apply(model)
+        disturb(edit, model)
+    assert not set(one.tensors(model)) & set(two.tensors(model))
+    tuned = logits(model)
+    for edit in (one, two):
+        edit.merge(model)
+    assert not [m for m in model.modules() if isinstance(m, LoRALinear)]
+    assert torch.allclose(logits(model), tuned, atol=1e-6, rtol=0)
+
+
+def test_a_wrapper_keeps_the_mode_of_what_it_wraps(model: nn.Module) -> None:
+    LoRA(rank=2, dropout=0.5).apply(model.eval())
+    assert not any(m.training for m in model.modules())
+
+
 def test_freeze_after_full_leaves_the_rest_training(model: nn.Module) -> None:
     Full().apply(model)
     Freeze(targets="0").apply(model)

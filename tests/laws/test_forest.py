@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fettle.core.batch import Batch, Example, Node, ancestors, pack
 from fettle.models.forest import Forest
+from fettle.models.proof import PROVEN
 
 VOCABULARY, LENGTH, WINDOW = 61, 96, 6
 LLAMA = {
@@ -26,6 +27,7 @@ LLAMA = {
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
+    "qwen2": LLAMA,
     "qwen3": {**LLAMA, "head_dim": 8},
     "mistral": {**LLAMA, "sliding_window": WINDOW},
     "gemma2": {**LLAMA, "head_dim": 8, "sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
@@ -168,3 +170,7 @@ def widened(model: nn.Module) -> nn.Module:
             module.sliding_window = LENGTH
     model.config.sliding_window = LENGTH
     return model
+
+
+def test_every_proven_architecture_is_in_this_table() -> None:
+    assert set(CONFIGS) == PROVEN

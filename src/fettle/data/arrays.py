@@ -33,6 +33,8 @@ class _Window:
         self.ended = False
         self.broken: str | None = None
         self.indent: bytes | None = b""  # what stands before `at` on its line, if that is only space
+        self.rows: bytes | None = None  # the indentation of the last element that began a line
+        self.unsure = False  # an element ran to the end of the file, so braces alone do not tell where the next begins
 
     @property
     def size(self) -> int:
@@ -109,18 +111,25 @@ def _junk(window: _Window) -> Element:
 def _container(window: _Window) -> Element:
     """The object (or list) that begins where the window stands."""
     done, stack, line = 0, bytearray(), window.line
+    if window.indent is not None:
+        window.rows = window.indent
+    opener = re.compile(rb"\n" + (rb"[ \t]*" if window.rows is None else re.escape(window.rows)) + rb"(?=[{\[])")
     while True:
-        done, end, torn = _scan(window, done, stack)
+        found = opener.search(window.data, window.at + 1) if window.unsure else None
+        done, end, torn = _scan(window, done, stack, found.end() if found else len(window.data))
         if end:
             return Element(line, window.cut(end))
-        if torn or window.size > MAX_ROW or not window.more():
-            return _torn(window, line)
+        if torn or found:
+            return _torn(window, line, opener)
+        if window.size > MAX_ROW or not window.more():
+            window.unsure = True
+            return _torn(window, line, opener)
 
 
-def _scan(window: _Window, done: int, stack: bytearray) -> tuple[int, int, bool]:
+def _scan(window: _Window, done: int, stack: bytearray, limit: int) -> tuple[int, int, bool]:
     """Go on from `done` bytes: how far it got, where the element ended (0 for not yet), and whether it is torn."""
     data, start = window.data, window.at
-    for token in TOKEN.finditer(data, start + done):
+    for token in TOKEN.finditer(data, start + done, limit):
         text = token.group()
         if text[:1] == b'"':
             if text[-1:] == b"\n":
@@ -134,6 +143,9 @@ def _scan(window: _Window, done: int, stack: bytearray) -> tuple[int, int, bool]
             if not stack:
                 return 0, token.end() - start, False
         else:
+            before = data[max(start, token.start() - 64) : token.start()].rstrip()[-1:]
+            if stack[-1:] == b"{" and before and before != b":":  # in an object, only a key's value can begin here
+                return token.start() - start, 0, True
             stack += text
     return len(data) - start, 0, False
 
@@ -146,12 +158,11 @@ def _unclosed(text: bytes) -> bool:
     return (len(body) - len(body.rstrip(b"\\"))) % 2 == 1
 
 
-def _torn(window: _Window, line: int) -> Element:
+def _torn(window: _Window, line: int, opener: re.Pattern[bytes]) -> Element:
     """An element that never closes: it goes up to the next line that opens one at the same indentation, or to the array's end."""
     size, head = 0, b""
-    opener = re.compile(rb"\n" + re.escape(window.indent) + rb"(?=[{\[])") if window.indent is not None else None
     while True:
-        found = opener.search(window.data, window.at + 1) if opener else None
+        found = opener.search(window.data, window.at + 1)
         if found:
             cut = found.end() - window.at
             break

@@ -58,8 +58,11 @@ def _key(spec: DataSpec, encoder: Encoder) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One process at a time, so that several of one run encode a source once."""
-    import fcntl
-
+    try:
+        import fcntl
+    except ImportError:  # a system without these locks
+        yield
+        return
     with open(path, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -253,7 +256,9 @@ class _Build:
                 f"{self.spec.path}: {self.control} rows hold a control token of the tokenizer in their text"
             )
         if self.tools and "tools" not in self.encoder.template.of(True):
-            self.notes.append(f"{self.spec.path}: the chat template knows no functions; they and their calls are written as text")
+            self.notes.append(
+                f"{self.spec.path}: the chat template knows no functions; they and their calls are written as text"
+            )
         if self.unfilled:
             self.notes.append(
                 f"{self.spec.path}: {self.unfilled} rows hold a place to fill in, such as {{{{name}}}}, which would be learned as it is"

@@ -173,6 +173,21 @@ def _rendering(answer: dict[str, Any]) -> Rendering:
 _workers: dict[str | None, Worker] = {}
 
 
+def _forget() -> None:
+    """After a fork: the child must not speak through its parent's pipes, nor end its parent's process."""
+    for made in _workers.values():
+        if made._process:
+            made._process.returncode = 0
+            for pipe in (made._process.stdin, made._process.stdout):
+                if pipe:
+                    pipe.close()
+        made._process, made._lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
 def worker(now: str | None = None) -> Worker:
     """The one worker of this process for a given present."""
     if now not in _workers:

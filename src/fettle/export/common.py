@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def merged(forest: Forest, edits: Sequence[Edit]) -> nn.Module:
     """A copy of the model with every edit folded into plain weights; FettleError where one cannot be."""
     model = copy.deepcopy(forest.model)
-    for edit in reversed(edits):  # the last edit wraps the ones before it
+    for edit in edits:  # the first edit lies innermost
         edit.merge(model)
     left = [name for name, module in model.named_modules() if is_adapter(module)]
     if left:

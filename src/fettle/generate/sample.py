@@ -1,6 +1,7 @@
 """Generation: batches of prompts of uneven lengths, left-padded, with the key-value cache of `transformers`.
 
-Greedy text equals `model.generate` of transformers and does not depend on which other prompts share the batch.
+Greedy text equals `model.generate` of transformers and does not depend on which other prompts share the batch (in 16 bits,
+up to two tokens that rounding makes equally likely).
 What is sampled for request i depends on (seed, i) alone, since each request has its own random numbers.
 
 Shapes: B requests in the batch, V vocabulary.

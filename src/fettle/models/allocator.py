@@ -5,9 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc ignores more on 64 bits, unless it is turned off by MMAP_MAX
-_M_MMAP_MAX = -4
+# Names of malloc.h. MMAP_MAX = 0 takes every block from the heap; glibc caps MMAP_THRESHOLD at 32 MiB on 64 bits.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def keep_pages() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fettle.core.batch import IGNORE, Batch
 from fettle.core.errors import FettleError
@@ -23,11 +23,11 @@ class Forest:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any = None, spec: ModelSpec | None = None, backend: str | None = None
+        self, model: Any, tokenizer: Any = None, spec: ModelSpec | None = None, backend: str | None = None
     ) -> None:
-        self.model: Any = model
+        self.model = model
         self.tokenizer, self.spec = tokenizer, spec or ModelSpec()
-        self.config: Any = model.config
+        self.config = model.config
         self.backend = backend or pick(model, self.spec.attention)
         if self.backend != "paths":
             self.model.set_attn_implementation(f"fettle_{self.backend}")

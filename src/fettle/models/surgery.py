@@ -31,6 +31,7 @@ def weights_of(model: nn.Module, targets: str | Sequence[str] | None) -> dict[st
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` is."""
+    """Put `module` where `name` is, in training or evaluation mode as that was."""
+    module.train(model.get_submodule(name).training)
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)

@@ -51,11 +51,12 @@ class LowRank(torch.autograd.Function):
 class LoRALinear(nn.Module):
     """Any linear layer plus a low-rank update that trains."""
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, dropout: float = 0.0) -> None:
+    def __init__(self, base: nn.Module, edit: LoRA) -> None:
         super().__init__()
         inputs, outputs = in_out(base)
         device = next(base.parameters()).device
-        self.base, self.rank, self.scale, self.dropout = base, rank, scale, dropout
+        rank = edit.rank
+        self.base, self.edit, self.rank, self.scale, self.dropout = base, edit, rank, edit.scale, edit.dropout
         self.enabled = True
         self.a = nn.Parameter(torch.empty(rank, inputs, device=device, dtype=torch.float32))
         self.b = nn.Parameter(torch.zeros(outputs, rank, device=device, dtype=torch.float32))
@@ -100,19 +101,18 @@ class LoRA(Edit):
         for name, base in linears(model, self.targets).items():
             if self.rank > min(in_out(base)):
                 raise FettleError(f"lora: rank {self.rank} is over the size of {name} {in_out(base)}; choose a smaller rank")
-            replace(model, name, LoRALinear(base, self.rank, self.scale, self.dropout))
+            replace(model, name, LoRALinear(base, self))
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Every A and B, by name."""
-        return {f"{n}.{ab}": getattr(m, ab).detach() for n, m in _wrapped(model) for ab in ("a", "b")}
+        return {f"{n}.{ab}": getattr(m, ab).detach() for n, m in self._wrapped(model) for ab in ("a", "b")}
 
     def merge(self, model: nn.Module) -> None:
         """W + s B A, summed in float32, rounded once to the base's type; the wrapper goes."""
-        for name, module in _wrapped(model):
+        for name, module in reversed(self._wrapped(model)):  # from the inside out
             with torch.no_grad():
                 write_weight(module.base, read_weight(module.base).float() + module.delta())
             replace(model, name, module.base)
 
-
-def _wrapped(model: nn.Module) -> list[tuple[str, LoRALinear]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    def _wrapped(self, model: nn.Module) -> list[tuple[str, LoRALinear]]:
+        return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear) and m.edit == self]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from safetensors import safe_open
@@ -36,12 +37,23 @@ class Adaptation(Spec):
     edits: tuple[AnyEdit, ...] = ()
 
 
-def apply_edits(forest: Forest, edits: Sequence[Edit]) -> Forest:
-    """Freeze the base, then apply the edits in order; what they mark, and nothing else, trains."""
+def apply_edits(forest: Forest, edits: Sequence[Edit], seed: int = 0) -> Forest:
+    """Freeze the base, then apply the edits in order; what they mark, and nothing else, trains.
+
+    What an edit draws at random is a function of `seed` and of its place in the list.
+    """
     forest.model.requires_grad_(False)
-    for edit in edits:
-        edit.apply(forest.model)
+    for i, edit in enumerate(edits):
+        add_edit(forest, edit, seed, i)
     return forest
+
+
+def add_edit(forest: Forest, edit: Edit, seed: int, place: int) -> None:
+    """Apply one more edit, the `place`-th of the model."""
+    devices = [forest.device] if forest.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(int(np.random.SeedSequence([seed, place]).generate_state(1)[0]))
+        edit.apply(forest.model)
 
 
 def is_artifact(folder: Path) -> bool:
@@ -50,7 +62,7 @@ def is_artifact(folder: Path) -> bool:
 
 
 def save_artifact(folder: Path, forest: Forest, edits: Sequence[Edit], facts: dict[str, Any]) -> None:
-    """Write the artifact into an existing run folder's `artifact`-level files, whole or not at all."""
+    """Write the artifact's folder, whole or not at all."""
     tensors: dict[str, torch.Tensor] = {}
     for i, edit in enumerate(edits):
         for name, tensor in edit.tensors(forest.model).items():

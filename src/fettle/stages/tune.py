@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from rich.console import Console
 
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit, Stage
@@ -28,7 +29,7 @@ from fettle.models.memory import measure_peak, reset_peak
 from fettle.models.spec import ModelSpec
 from fettle.objectives import SFT, AnyObjective
 from fettle.peft import AnyEdit
-from fettle.stages.artifact import apply_edits, is_artifact, open_artifact, save_artifact
+from fettle.stages.artifact import add_edit, apply_edits, is_artifact, open_artifact, save_artifact
 from fettle.stages.check import gate, preflight
 from fettle.stages.report import write_report
 from fettle.train import CheckpointSpec, Job, OptimSpec, fit
@@ -70,6 +71,7 @@ class Recipe(Stage):
         reset_peak()
         forest, edits = self.open(parent)
         corpus = self.corpus(forest)
+        Console(stderr=True).print(corpus.table())
         steps = self.optim.length(corpus.batches_per_epoch)
         job = self.job(forest, corpus, steps, resume)
         gate(preflight(str(self.output), forest, self.edits, corpus, job))
@@ -84,18 +86,21 @@ class Recipe(Stage):
     def open(self, parent: Path | None) -> tuple[Forest, tuple[Edit, ...]]:
         """The model with the parent's edits (frozen) and this recipe's own; and the list of them all."""
         if parent is None:
-            return apply_edits(load(self.model), self.edits), self.edits
+            return apply_edits(load(self.model), self.edits, self.seed), self.edits
         forest, before = open_artifact(parent, **self.model.model_dump(include={"device", "attention", "gradient_checkpointing"}))
-        for edit in self.edits:
-            edit.apply(forest.model)
+        for place, edit in enumerate(self.edits, len(before)):
+            add_edit(forest, edit, self.seed, place)
         return forest, (*before, *self.edits)
 
     def corpus(self, forest: Forest) -> Corpus:
         """The recipe's data, tokenized for its model."""
-        return prepare(
+        corpus = prepare(
             self.data, forest.tokenizer, self.batch.tokens, seed=self.seed,
             cache=self.cache or self.output / "cache", packing=self.batch.packing,
         )  # fmt: skip
+        if corpus.template is not None and not forest.tokenizer.chat_template:
+            forest.tokenizer.chat_template = corpus.template.text  # the default that was trained on goes with the artifact
+        return corpus
 
     def job(self, forest: Forest, corpus: Corpus, steps: int, resume: bool = False) -> Job:
         """What the loop needs."""

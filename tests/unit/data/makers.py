@@ -32,7 +32,7 @@ QWEN2 = (  # a system turn of its own, functions, calls and their answers
     "{{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}"
     "{%- elif message.role == 'assistant' and message.tool_calls %}{{- '<|im_start|>assistant' }}"
     "{%- if message.content %}{{- '\n' + message.content }}{%- endif %}"
-    "{%- for call in message.tool_calls %}{{- '\n<tool_call>\n{\"name\": \"' + call.function.name + '\", \"arguments\": ' }}"
+    '{%- for call in message.tool_calls %}{{- \'\n<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
     "{{- call.function.arguments | tojson }}{{- '}\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}"
     "{%- elif not (tools and loop.first and message.role == 'system') %}"
     "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
@@ -95,21 +95,29 @@ def tokenizer_of(family: str, kind: str = "bytes"):
     if kind != "pieces":
         made = Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            [
+                pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
         )
         if kind == "gpt2":
             made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
         made.post_processor = processors.ByteLevel(trim_offsets=kind == "trimmed")
         trainer = trainers.BpeTrainer(
-            vocab_size=360, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=360,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         )
     else:
         made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
         trainer = trainers.BpeTrainer(
-            vocab_size=500, special_tokens=["<unk>", *special, *(f"<0x{i:02X}>" for i in range(256))], show_progress=False
+            vocab_size=500,
+            special_tokens=["<unk>", *special, *(f"<0x{i:02X}>" for i in range(256))],
+            show_progress=False,
         )
     made.train_from_iterator([TEXTS] * 4, trainer)
     if kind == "pieces":

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fettle.core import FettleError
-from fettle.data import BadRow, DataSpec, detect, to_sample
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+
+from fettle.core import FettleError
+from fettle.data import BadRow, DataSpec, detect, to_sample
 
 CALL = '{"name": "weather", "arguments": {"town": "Oslo"}}'
 
@@ -45,9 +46,21 @@ GOOD = [
         {"conversations": turns(("human", "q"), ("function_call", CALL), ("observation", "rain"), ("gpt", "a"))},
         [("user", "q"), ("assistant", ""), ("tool", "rain"), ("assistant", "a")],
     ),
-    ("messages", {"messages": said(("developer", "s"), ("user", "q"), ("assistant", "a"))}, [("system", "s"), ("user", "q"), ("assistant", "a")]),
-    ("messages", {"messages": said(("user", [{"type": "text", "text": "q"}]), ("assistant", "a"))}, [("user", "q"), ("assistant", "a")]),
-    ("completion", {"prompt": said(("user", "q")), "completion": said(("assistant", "a"))}, [("user", "q"), ("assistant", "a")]),
+    (
+        "messages",
+        {"messages": said(("developer", "s"), ("user", "q"), ("assistant", "a"))},
+        [("system", "s"), ("user", "q"), ("assistant", "a")],
+    ),
+    (
+        "messages",
+        {"messages": said(("user", [{"type": "text", "text": "q"}]), ("assistant", "a"))},
+        [("user", "q"), ("assistant", "a")],
+    ),
+    (
+        "completion",
+        {"prompt": said(("user", "q")), "completion": said(("assistant", "a"))},
+        [("user", "q"), ("assistant", "a")],
+    ),
 ]
 
 
@@ -62,20 +75,35 @@ def test_texts_and_completions() -> None:
     for key in ("completion", "response"):
         sample = to_sample({"prompt": "", key: "b"}, detect([{"prompt": "", key: "b"}], "f"))
         assert (sample.prompt, sample.completion, sample.kind) == ("", "b", "completion")
-    sample = to_sample({"prompt": said(("user", "q"), ("assistant", "a"), ("user", "r")), "completion": said(("assistant", "b"))}, "completion")
+    sample = to_sample(
+        {"prompt": said(("user", "q"), ("assistant", "a"), ("user", "r")), "completion": said(("assistant", "b"))},
+        "completion",
+    )
     assert sample.weights == (0, 0, 0, 1)
 
 
 def test_calls_and_tools() -> None:
-    row = {"conversations": turns(("human", "q"), ("function_call", f"[{CALL}, {CALL}]"), ("observation", ""), ("gpt", "a")), "tools": '[{"name": "weather"}]'}
+    row = {
+        "conversations": turns(
+            ("human", "q"), ("function_call", f"[{CALL}, {CALL}]"), ("observation", ""), ("gpt", "a")
+        ),
+        "tools": '[{"name": "weather"}]',
+    }
     sample = to_sample(row, "sharegpt")
     assert [c["function"]["arguments"] for c in sample.messages[1]["tool_calls"]] == [{"town": "Oslo"}] * 2
     assert sample.tools == ({"type": "function", "function": {"name": "weather"}},)
     assert sample.weights == (0, 1, 0, 1)
     call = {"id": "x", "type": "function", "function": {"name": "weather", "arguments": '{"town": "Oslo"}'}}
-    talk = [*said(("user", "q")), {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "r", "tool_call_id": "x"}, *said(("assistant", "a"))]
+    talk = [
+        *said(("user", "q")),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "r", "tool_call_id": "x"},
+        *said(("assistant", "a")),
+    ]
     sample = to_sample({"messages": talk, "tools": [{"type": "function", "function": {"name": "weather"}}]}, "messages")
-    assert sample.messages[1]["tool_calls"] == [{"id": "x", "type": "function", "function": {"name": "weather", "arguments": {"town": "Oslo"}}}]
+    assert sample.messages[1]["tool_calls"] == [
+        {"id": "x", "type": "function", "function": {"name": "weather", "arguments": {"town": "Oslo"}}}
+    ]
     assert sample.messages[2]["tool_call_id"] == "x"
 
 
@@ -114,7 +142,11 @@ BAD = [
     ("messages", {"messages": said(Q, ("tool", "r"), A)}, "follows no call"),
     ("messages", {"messages": said(("user", [{"type": "image_url", "image_url": "x"}]), A)}, "not a text"),
     ("messages", {"messages": [*said(Q), {"role": "assistant", "content": "", "tool_calls": [{}]}]}, "without a name"),
-    ("messages", {"messages": [{"role": "user", "content": "q", "tool_calls": [{"name": "x"}]}, *said(A)]}, "in a turn of the role 'user'"),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": "q", "tool_calls": [{"name": "x"}]}, *said(A)]},
+        "in a turn of the role 'user'",
+    ),
     ("messages", {"messages": said(Q, A), "weight": -1}, "finite number, 0 or more"),
     ("messages", {"messages": said(Q, A), "weight": float("inf")}, "finite number"),
     ("messages", {"messages": said(Q, A), "weight": "much"}, "'weight' is not a number"),
@@ -122,7 +154,11 @@ BAD = [
     ("messages", {"messages": said(Q, A), "weight": 0}, "nothing would be learned"),
     ("messages", {"messages": said(Q, A), "tools": "{"}, "'tools' is not valid JSON"),
     ("messages", {"messages": said(Q, A), "tools": [1]}, "'tools' must be a list of objects"),
-    ("sharegpt", {"conversations": turns(("human", "q"), ("function_call", "rain"))}, "turn 2: the function call is not valid JSON"),
+    (
+        "sharegpt",
+        {"conversations": turns(("human", "q"), ("function_call", "rain"))},
+        "turn 2: the function call is not valid JSON",
+    ),
     ("sharegpt", {"conversations": turns(("human", "q"), ("function_call", "[" * 200 + "]" * 200))}, "nested deeper"),
     ("sharegpt", {"conversations": turns(("human", "q"), ("gpt", 5))}, "turn 2: 'value' must be a text"),
 ]
@@ -136,17 +172,45 @@ def test_bad_rows(name: str, row: dict, reason: str) -> None:
 
 
 JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(["", "a", "user", "assistant", "gpt", "[]", "{"])),
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.sampled_from(["", "a", "user", "assistant", "gpt", "[]", "{"]),
+    ),
     lambda inner: st.one_of(
         st.lists(inner, max_size=3),
-        st.dictionaries(st.sampled_from(["role", "content", "from", "value", "tool_calls", "name", "function", "arguments", "weight"]), inner, max_size=4),
+        st.dictionaries(
+            st.sampled_from(
+                ["role", "content", "from", "value", "tool_calls", "name", "function", "arguments", "weight"]
+            ),
+            inner,
+            max_size=4,
+        ),
     ),
     max_leaves=8,
 )
-KEYS = ["messages", "conversations", "instruction", "input", "output", "prompt", "completion", "text", "tools", "system", "history", "weight"]
+KEYS = [
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "text",
+    "tools",
+    "system",
+    "history",
+    "weight",
+]
 
 
-@given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=5), st.sampled_from(["alpaca", "sharegpt", "messages", "completion", "text"]))
+@given(
+    st.dictionaries(st.sampled_from(KEYS), JSON, max_size=5),
+    st.sampled_from(["alpaca", "sharegpt", "messages", "completion", "text"]),
+)
 def test_any_row_is_a_sample_or_a_bad_row(row: dict, name: str) -> None:
     try:
         sample = to_sample(row, name)

@@ -6,16 +6,19 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fettle.core import FettleError
 from fettle.data import DataSpec
 from fettle.data.mix import epoch_order, shares
 from fettle.data.packing import plan, shuffled
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @given(st.lists(st.integers(1, 64), max_size=300), st.integers(64, 200), st.booleans(), st.integers(0, 5))
-def test_every_example_lies_in_one_row_that_holds_it(lengths: list[int], capacity: int, packing: bool, seed: int) -> None:
+def test_every_example_lies_in_one_row_that_holds_it(
+    lengths: list[int], capacity: int, packing: bool, seed: int
+) -> None:
     sizes = np.array(lengths, dtype=np.int64)
     found = plan(sizes, capacity, packing, seed)
     assert sorted(found.order.tolist()) == list(range(len(sizes)))

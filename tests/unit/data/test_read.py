@@ -12,13 +12,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fettle.core import FettleError
-from fettle.data import arrays, read, streams
-from fettle.data.read import files
 from hypothesis import given
 from hypothesis import strategies as st
 
-ROWS = [{"text": f"row {i} 你好 \"quoted\" {{[,]}} \\ end"} for i in range(7)]
+from fettle.core import FettleError
+from fettle.data import arrays, read, streams
+from fettle.data.read import files
+
+ROWS = [{"text": f'row {i} 你好 "quoted" {{[,]}} \\ end'} for i in range(7)]
 
 
 def rows(path: Path, **options):
@@ -50,9 +51,17 @@ JSONL = b"".join(json.dumps(r).encode() + b"\n" for r in ROWS)
         ("a.json", json.dumps(ROWS).encode(), [1] * 7),
         ("a.json", json.dumps(ROWS, indent=2).encode(), [2, 5, 8, 11, 14, 17, 20]),
         ("a.json", json.dumps(ROWS, indent=0, ensure_ascii=False).encode(), [2, 5, 8, 11, 14, 17, 20]),
-        ("a.json", b"\xef\xbb\xbf \n[" + b",\n".join(json.dumps(r).encode() for r in ROWS) + b"]\n\n", [2, 3, 4, 5, 6, 7, 8]),
+        (
+            "a.json",
+            b"\xef\xbb\xbf \n[" + b",\n".join(json.dumps(r).encode() for r in ROWS) + b"]\n\n",
+            [2, 3, 4, 5, 6, 7, 8],
+        ),
         ("a.json", JSONL, [1, 2, 3, 4, 5, 6, 7]),
-        ("a.csv", ("text\n" + "".join('"' + r["text"].replace('"', '""') + '"\n' for r in ROWS)).encode(), [2, 3, 4, 5, 6, 7, 8]),
+        (
+            "a.csv",
+            ("text\n" + "".join('"' + r["text"].replace('"', '""') + '"\n' for r in ROWS)).encode(),
+            [2, 3, 4, 5, 6, 7, 8],
+        ),
         ("a.txt", "\n".join(r["text"] for r in ROWS).encode(), [1, 2, 3, 4, 5, 6, 7]),
     ],
 )
@@ -133,7 +142,9 @@ def test_bad_elements_spoil_only_themselves(tmp_path: Path, bad: bytes, style: s
 
 
 def test_missing_brace_in_a_nested_row(tmp_path: Path) -> None:
-    talks = [{"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": f"a{i}"}]} for i in range(5)]
+    talks = [
+        {"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": f"a{i}"}]} for i in range(5)
+    ]
     text = json.dumps(talks, indent=2)
     for broken in (text.replace('"q1"\n      }', '"q1"\n'), text.replace('"a1"', '"a1'), text.replace('"q1"', 'q1"')):
         found = rows(write(tmp_path / "a.json", broken.encode()))
@@ -185,7 +196,10 @@ def test_huge_rows_do_not_fill_memory(tmp_path: Path, monkeypatch: pytest.Monkey
         monkeypatch.setattr(place, "MAX_ROW", 1 << 20)
     good = b'{"text": "a"}'
     huge = b'{"text": "' + b"x" * (40 << 20) + b'"}'
-    for name, text in (("a.jsonl", b"\n".join([good, huge, good])), ("a.json", b"[\n" + b",\n".join([good, huge, good]) + b"\n]")):
+    for name, text in (
+        ("a.jsonl", b"\n".join([good, huge, good])),
+        ("a.json", b"[\n" + b",\n".join([good, huge, good]) + b"\n]"),
+    ):
         path = write(tmp_path / name, text)
         tracemalloc.start()
         found = rows(path)
@@ -202,7 +216,11 @@ def test_huge_rows_do_not_fill_memory(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_csv_damage(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", b'q,a\n1,2\n1\n1,2,3\n\n\xff,2\n"two\nlines",3\nx\x00,1\n4,5\n"open,6\n7,8\n')
     found = rows(path)
-    assert [row.value for row in found if row.value] == [{"q": "1", "a": "2"}, {"q": "two\nlines", "a": "3"}, {"q": "4", "a": "5"}]
+    assert [row.value for row in found if row.value] == [
+        {"q": "1", "a": "2"},
+        {"q": "two\nlines", "a": "3"},
+        {"q": "4", "a": "5"},
+    ]
     problems = {int(row.where.rpartition(":")[2]): row.problem for row in found if row.problem}
     assert "1 cells" in problems[3] and "3 cells" in problems[4] and "UTF-8" in problems[6] and "NUL" in problems[9]
     assert "not valid CSV" in problems[11]
@@ -235,7 +253,10 @@ def test_folders_globs_and_names(tmp_path: Path) -> None:
         rows(write(tmp_path / "u.jsonl", JSONL.decode().encode("utf-16")))
 
 
-@given(st.lists(st.one_of(st.binary(max_size=40), st.sampled_from([json.dumps(r).encode() for r in ROWS])), max_size=12), st.data())
+@given(
+    st.lists(st.one_of(st.binary(max_size=40), st.sampled_from([json.dumps(r).encode() for r in ROWS])), max_size=12),
+    st.data(),
+)
 def test_fuzzed_bytes(tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], data) -> None:
     """Whatever the bytes: no exception but FettleError, a line for every row, and good JSONL lines all come through."""
     folder = tmp_path_factory.mktemp("fuzz")

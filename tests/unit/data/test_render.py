@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import resource
+import os
+import re
 import time
 from pathlib import Path
 
 import pytest
+
 from fettle.core import FettleError
 from fettle.data.render import Job, Worker
+from fettle.data.render import worker as shared
 
 ATTACKS = {
     "long string": "{{ 'a' * 500000000 }}",
@@ -50,6 +53,7 @@ ATTACKS = {
     "deep list": "{{ " + "[" * 5000 + "]" * 5000 + " }}",
     "deep brackets": "{{ " + "(" * 50000 + "1" + ")" * 50000 + " }}",
 }
+STOPPED = {"long string", "power", "nested ranges", "endless macro", "quiet nested ranges", "long output", "doubling"}
 SECRETS = ("root:", "uid=", "<class", "<module", "built-in", "__builtins__")
 
 
@@ -60,8 +64,9 @@ def worker():
     made.close()
 
 
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
-def test_attacks_end(worker: Worker, attack: str) -> None:
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_end(worker: Worker, name: str) -> None:
+    attack = ATTACKS[name]
     context = {"x": "a", "n": 9, "messages": [{"role": "user", "content": "hello"}]}
     worker.render([Job("{{ x }}", context)])  # started
     began = time.monotonic()
@@ -72,21 +77,10 @@ def test_attacks_end(worker: Worker, attack: str) -> None:
     else:
         assert not any(secret in found[0].text for secret in SECRETS), found[0].text[:200]
         assert len(found[0].text) < 64 << 20
+        if name in STOPPED:
+            assert re.search("does not end within|memory|without end|Range too big", found[0].error), found[0].error
         assert found[1].text == "a!", "the job after the attack is answered as if nothing had happened"
     assert time.monotonic() - began < 10  # 2 s of the worker's processor time, on a machine that does other things too
-
-
-@pytest.mark.parametrize("name", ["long string", "power", "nested ranges", "endless macro", "quiet nested ranges", "long output"])
-def test_attacks_are_named(worker: Worker, name: str) -> None:
-    (found,) = worker.render([Job(ATTACKS[name], {"x": "a"})])
-    assert "does not end within" in found.error or "memory" in found.error or "without end" in found.error or "Range" in found.error
-
-
-def test_a_job_is_bounded_in_processor_time(worker: Worker) -> None:
-    began = resource.getrusage(resource.RUSAGE_CHILDREN)
-    worker.render([Job("{{ 9 ** (9 ** 9) }}", {})])
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime - began.ru_utime < 4  # two seconds of this job, and what the process did before it
 
 
 @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="the limits of a process are read from /proc")
@@ -106,7 +100,12 @@ def test_syntax_errors_name_their_line(worker: Worker) -> None:
 
 
 def test_strict_refuses_missing_and_null(worker: Worker) -> None:
-    jobs = [Job("{{ a }}", {}, strict=True), Job("{{ a }}", {"a": None}, strict=True), Job("{{ a }}", {"a": 0}, strict=True), Job("{{ a }}", {})]
+    jobs = [
+        Job("{{ a }}", {}, strict=True),
+        Job("{{ a }}", {"a": None}, strict=True),
+        Job("{{ a }}", {"a": 0}, strict=True),
+        Job("{{ a }}", {}),
+    ]
     missing, null, zero, lenient = worker.render(jobs)
     assert "'a' is undefined" in missing.error and "null" in null.error
     assert zero.text == "0" and lenient.text == "" and not lenient.error
@@ -114,7 +113,9 @@ def test_strict_refuses_missing_and_null(worker: Worker) -> None:
 
 def test_prefixes(worker: Worker) -> None:
     template = "{% for m in messages %}<{{ m }}>{% endfor %}{% if add_generation_prompt %}<a{% endif %}"
-    (found,) = worker.render([Job(template, {"messages": ["u", "a", "v"]}, [(1, False), (1, True), (2, True), (0, False)])])
+    (found,) = worker.render(
+        [Job(template, {"messages": ["u", "a", "v"]}, [(1, False), (1, True), (2, True), (0, False)])]
+    )
     assert found.text == "<u><a><v>"
     assert found.cuts == [3, 5, "<u><a><a", 0]
 
@@ -142,3 +143,15 @@ def test_fast_enough(worker: Worker, tokenizer) -> None:
         worker.render(jobs)
         rates.append(len(jobs) / (time.monotonic() - began))
     assert max(rates) > 2000
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_child_has_a_worker_of_its_own() -> None:
+    kept = shared("2025-01-01T12:00:00")
+    before = kept.render([Job("{{ x }}", {"x": 1})])[0].text, kept.process_id
+    child = os.fork()
+    if not child:
+        os._exit(0 if kept.process_id is None and kept.render([Job("{{ x }}", {"x": 2})])[0].text == "2" else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (kept.render([Job("{{ x }}", {"x": 1})])[0].text, kept.process_id) == before

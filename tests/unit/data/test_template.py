@@ -6,11 +6,11 @@ from copy import deepcopy
 
 import numpy as np
 import pytest
-from fettle.core import FettleError
-from fettle.data import BadRow, Encoder, Sample, chat_template, encode, to_sample
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fettle.core import FettleError
+from fettle.data import BadRow, Encoder, Sample, chat_template, encode, to_sample
 from unit.data.makers import CHATML, MODELS, QWEN2, WORDS_ONLY, model_of, tokenizer_of
 
 TALK = [
@@ -60,7 +60,9 @@ def test_every_answer_and_its_end_are_learned(name: str, kind: str) -> None:
     for talk in talks(name):
         (example,) = encode(sample_of(talk), tokenizer)
         assert len(example.spans) == 2
-        for (start, stop, weight), message in zip(example.spans, [m for m in talk if m["role"] == "assistant"], strict=True):
+        for (start, stop, weight), message in zip(
+            example.spans, [m for m in talk if m["role"] == "assistant"], strict=True
+        ):
             assert weight == 1
             assert example.tokens[stop - 1] == tokenizer.convert_tokens_to_ids(end)
             assert tokenizer.decode(example.tokens[start : stop - 1]).strip() == message["content"].strip()
@@ -125,7 +127,9 @@ def test_rewritten_history_gives_an_example_a_turn() -> None:
 
 def test_a_prompt_that_no_answer_follows_is_refused() -> None:
     tokenizer = model_of("chatml")
-    tokenizer.chat_template = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+    tokenizer.chat_template = CHATML.replace(
+        "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}"
+    )
     with pytest.raises(FettleError, match="generation"):
         encode(sample_of(TALK), tokenizer)
 
@@ -204,7 +208,9 @@ def test_defaults_learn_answers_and_their_end(family: str, kind: str) -> None:
         (example,) = encode(sample_of(talk), tokenizer)
         ends = {int(example.tokens[stop - 1]) for _, stop, _ in example.spans}
         assert len(example.spans) == 2 and ends == {tokenizer.eos_token_id}
-        assert [t[: -len(tokenizer.eos_token)].strip() for t in learned(tokenizer, example)] == [m["content"].strip() for m in TALK[1::2]]
+        assert [t[: -len(tokenizer.eos_token)].strip() for t in learned(tokenizer, example)] == [
+            m["content"].strip() for m in TALK[1::2]
+        ]
         encoder = Encoder(tokenizer)
         assert encoder.render(talk, prompt=False).startswith(encoder.render(talk[:-1]))
 

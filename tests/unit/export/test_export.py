@@ -102,7 +102,7 @@ def test_a_lost_adapter_is_heard_below_the_tolerance() -> None:
     torch.manual_seed(0)
     base = torch.randn(50, 30) * 10
     adapted_logits = base + torch.randn(50, 30) * 0.02
-    reference = Reference(((0,),), adapted_logits, base, torch.bfloat16, rounding=0.1)
+    reference = Reference(((0,),), adapted_logits, adapted_logits, base, torch.bfloat16, rounding=0.1)
     with pytest.raises(FettleError, match="0% of the adaptation arrived"):
         check(reference, lambda _: base, "x", "test")
     with pytest.raises(FettleError, match="50% of the adaptation"):
