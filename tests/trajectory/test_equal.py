@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from trajectory.conftest import Fettle, trace
 
 EPOCH = ["optim.steps=4", "checkpoint.every=100", "edits=[{kind: full}]"]

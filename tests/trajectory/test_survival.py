@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from trajectory.conftest import Fettle, command, trace, weights
 
 from fettle.core.errors import FettleError
 from fettle.core.files import verify
+from trajectory.conftest import Fettle, command, trace, weights
 
 DIE = """
 import os, signal

@@ -1,8 +1,9 @@
 """Which examples lie in which row: best fit, computed from lengths alone.
 
-Examples come in their shuffled order. Within a window of WINDOW of them the longest is placed first, each into the row
-that it fills best; rows that are nearly full close with the window, the others stay open for the next. The rows are then
-shuffled, so that a batch says nothing about its place in the window.
+Examples are placed in their shuffled order, each into the open row that it fills best. Placing the longest first would
+pack a little tighter, but then the examples of a row would be of one length, and so often of one kind: a batch must be a
+fair sample. At most OPEN rows are open at a time; the fullest closes. The rows are then shuffled, so that the rows that
+closed last, which are the emptier ones, do not come last.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WINDOW = 4096
-CLOSE = 0.985  # a row at least this full is not worth keeping open
+OPEN = 256
 
 
 @dataclass(frozen=True)
@@ -51,28 +51,29 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     done: list[list[int]] = []
     room: dict[int, list[list[int]]] = {}  # by the room left: the open rows
     mask = 0  # bit c: some open row has c tokens of room
-    keep = int(capacity * (1 - CLOSE))
-    for begin in range(0, len(lengths), WINDOW):
-        window = lengths[begin : begin + WINDOW]
-        for i in np.argsort(-window, kind="stable").tolist():
-            size = int(window[i])
-            fitting = mask >> size
-            if fitting:
-                left = size + (fitting & -fitting).bit_length() - 1
-                row = room[left].pop()
-                if not room[left]:
-                    del room[left]
-                    mask &= ~(1 << left)
-            else:
-                left, row = capacity, []
-            row.append(begin + i)
-            left -= size
-            if left:
-                room.setdefault(left, []).append(row)
-                mask |= 1 << left
-            else:
-                done.append(row)
-        for left in [c for c in room if c <= keep]:
-            done += room.pop(left)
+    count = 0  # of open rows
+
+    def take(left: int) -> list[int]:
+        nonlocal mask, count
+        row = room[left].pop()
+        count -= 1
+        if not room[left]:
+            del room[left]
             mask &= ~(1 << left)
+        return row
+
+    for i, size in enumerate(lengths.tolist()):
+        fitting = mask >> size
+        left = size + (fitting & -fitting).bit_length() - 1 if fitting else capacity
+        row = take(left) if fitting else []
+        row.append(i)
+        left -= size
+        if not left:
+            done.append(row)
+            continue
+        room.setdefault(left, []).append(row)
+        mask |= 1 << left
+        count += 1
+        if count > OPEN:
+            done.append(take((mask & -mask).bit_length() - 1))
     return done + [row for left in sorted(room) for row in room[left]]

@@ -145,26 +145,13 @@ class Corpus:
 
     def table(self) -> Table:
         """The counts of each source, to print."""
-        table = Table(title="data", title_justify="left")
-        heads = (
-            "source",
-            "format",
-            "template",
-            "read",
-            "kept",
-            "set aside",
-            "cut",
-            "examples",
-            "tokens",
-            "learned",
-            "an epoch",
-            "share",
-        )
-        for i, head in enumerate(heads):
-            table.add_column(head, justify="left" if i < 3 else "right")
+        table = Table(title="data", title_justify="left", title_style="bold")
+        for head in ("source", "rows read", "kept", "set aside", "cut", "tokens", "learned", "share"):
+            table.add_column(head, justify="left" if head == "source" else "right", overflow="fold")
         for c in self.counts:
-            numbers = (c.read, c.kept, c.set_aside, c.cut, c.examples, c.tokens, c.learned, c.per_epoch)
-            table.add_row(c.source, c.format, c.template or "-", *(f"{n:,}" for n in numbers), f"{c.share:.1%}")
+            made = " ".join(filter(None, (c.format, c.template and f"({c.template} template)")))
+            numbers = (c.read, c.kept, c.set_aside, c.cut, c.tokens, c.learned)
+            table.add_row(f"{c.source}\n{made}", *(f"{n:,}" for n in numbers), f"{c.share:.0%}")
         return table
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -158,7 +158,9 @@ def base_hash(folder: Path) -> str:
 def pretrained(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
     """The pretrained model; FettleError where the folder does not hold exactly its weights."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of a load that takes a second; what takes minutes has a bar of ours
     folder = folder_of(spec.path, spec.revision)
     weight_files(folder)
     check_code(folder, spec.trust_remote_code)

@@ -33,7 +33,7 @@ class Log:
     def __init__(self, folder: Path, start: int, quiet: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(folder) if row["step"] <= start]
-        self._file = open(folder / METRICS, "wb")  # noqa: SIM115 (closed in close)
+        self._file = open(folder / METRICS, "wb")
         for row in kept:
             self._file.write(orjson.dumps(row) + b"\n")
         self._board = _tensorboard(folder, start)

@@ -1,0 +1,78 @@
+"""The command line: exit codes, sentences without a traceback, help for every verb."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fettle.cli import main
+
+VERBS = [
+    ["check"], ["run"], ["chat"], ["eval"], ["export"], ["schema"],
+    ["lab"], ["lab", "list"], ["lab", "run"], ["lab", "data"], ["lab", "base"], ["lab", "demo"],
+]  # fmt: skip
+
+
+def code_of(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_every_verb_explains_itself(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of([*verb, "--help"]) == 0
+    assert "Usage: fettle " + " ".join(verb) in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of(["--version"]) == 0
+    assert capsys.readouterr().out == "fettle 0.1.0\n"
+
+
+def test_an_unknown_verb_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of(["rnu"]) == 2
+    assert "Did you mean 'run'" in capsys.readouterr().err
+
+
+def test_a_mistake_in_a_recipe_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data:\n  - {path: a.jsonl}\nedits:\n  - {kind: lora, rnak: 4}\noutput: out\n")
+    assert code_of(["check", str(recipe)]) == 1
+    said = capsys.readouterr().err
+    assert said == f"{recipe}:4: unknown key 'edits.0.rnak': did you mean 'rank'?\n"
+
+
+def test_an_override_reaches_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data:\n  - {path: a.jsonl}\noutput: out\n")
+    assert code_of(["run", str(recipe), "optim.lr=fast"]) == 1
+    assert "optim.lr" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fettle.stages
+
+    def broken() -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(fettle.stages, "schema", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["schema"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_an_interruption_ends_with_130(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, fettle.stages\n"
+        "fettle.stages.schema = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        "from fettle.cli import main\nmain(['schema'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in done.stderr
