@@ -10,7 +10,7 @@ Names are looked up when they are first used, so that importing the package cost
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ _HOME = {
     "run": ("fettle.stages", "run"),
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -63,7 +63,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     pass
 
@@ -72,7 +74,9 @@ def _root(
 def check(
     recipe: RecipePath,
     overrides: Overrides = None,
-    examples: Annotated[int, typer.Option("-n", "--examples", help="examples to show, coloured by what is learned")] = 3,
+    examples: Annotated[
+        int, typer.Option("-n", "--examples", help="examples to show, coloured by what is learned")
+    ] = 3,
     time: Annotated[bool, typer.Option(help="time three steps to predict how long the run takes")] = True,
 ) -> None:
     """Show what will train, on which tokens, in how much memory, for how long. Exit code 1 where a run would be refused."""
@@ -83,7 +87,9 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command(epilog="[bold]fettle run recipes/quickstart.yaml output=runs/mine[/bold]; stopped or killed, the same with [bold]--resume[/bold]")
+@app.command(
+    epilog="[bold]fettle run recipes/quickstart.yaml output=runs/mine[/bold]; stopped or killed, the same with [bold]--resume[/bold]"
+)
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -96,9 +102,13 @@ def run(
     print(artifact)
 
 
-@app.command(epilog="[bold]fettle chat runs/quickstart fettle/tiny[/bold] answers side by side; questions may also come through a pipe")
+@app.command(
+    epilog="[bold]fettle chat runs/quickstart fettle/tiny[/bold] answers side by side; questions may also come through a pipe"
+)
 def chat(
-    models: Annotated[list[str], typer.Argument(help="one model, or several to talk to side by side", show_default=False)],
+    models: Annotated[
+        list[str], typer.Argument(help="one model, or several to talk to side by side", show_default=False)
+    ],
     system: Annotated[str, typer.Option(help="instructions to begin with")] = "",
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="longest answer")] = 256,
@@ -121,7 +131,9 @@ def evaluate(
     shots: Annotated[int, typer.Option(help="demonstrations before each question")] = 0,
     seed: Annotated[int, typer.Option(help="seed of demonstrations, limits and intervals")] = 0,
     limit: Annotated[int | None, typer.Option(help="at most this many rows a file")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="folder for results.json and results.png")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="folder for results.json and results.png")
+    ] = None,
     against: Annotated[Path | None, typer.Option(help="an earlier results.json to compare with")] = None,
 ) -> None:
     """Score a model; with intervals, and with template, seed and shots on record."""
@@ -145,7 +157,9 @@ def evaluate(
 def export(
     model: ModelName,
     to: Annotated[str, typer.Option(help="hf (merged folder), peft (adapter), llama (.pth and params.json)")] = "hf",
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="folder to write; default: <model>/<format>")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="folder to write; default: <model>/<format>")
+    ] = None,
 ) -> None:
     """Write a model for others to load; what was written is read back and its logits compared first."""
     from fettle.export import export as write
@@ -179,7 +193,9 @@ def lab_run(
     claim: Annotated[str, typer.Argument(help="a claim of `fettle lab list`")],
     seeds: Annotated[int, typer.Option(help="how many seeds")] = 3,
     each: Annotated[int, typer.Option(help="evaluation items a task family")] = 20,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe, as in optim.steps=50")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of the recipe, as in optim.steps=50")
+    ] = None,
 ) -> None:
     """Reproduce a claim: every arm over the seeds, with intervals and a control. Goes on where it was stopped."""
     from fettle.lab.claims import run_claim

@@ -16,7 +16,9 @@ from fettle.peft import LoRA
 def test_logits_and_gradients_equal_pefts(alpha: float, rslora: bool) -> None:
     peft: Any = pytest.importorskip("peft")
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=64)
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=64
+    )
     base = AutoModelForCausalLM.from_config(config).double()
     ours = copy.deepcopy(base).requires_grad_(False)
     LoRA(rank=4, alpha=alpha, rslora=rslora, targets=("q_proj", "down_proj")).apply(ours)
@@ -39,4 +41,6 @@ def test_logits_and_gradients_equal_pefts(alpha: float, rslora: bool) -> None:
     two.square().sum().backward()
     for name, parameter, other in pairs:
         # our gradient is rounded once, to the float32 of the master
-        assert torch.allclose(parameter.grad.double(), other.grad, rtol=1e-6, atol=1e-6 * other.grad.abs().max().item()), name
+        assert torch.allclose(
+            parameter.grad.double(), other.grad, rtol=1e-6, atol=1e-6 * other.grad.abs().max().item()
+        ), name

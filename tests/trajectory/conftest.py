@@ -38,7 +38,9 @@ def fettle() -> Fettle:
 
     def call(*words: str, before: str = "") -> subprocess.CompletedProcess[str]:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(command(*words, before=before), capture_output=True, text=True, env=environment, timeout=300)
+        return subprocess.run(
+            command(*words, before=before), capture_output=True, text=True, env=environment, timeout=300, check=False
+        )
 
     return call
 
@@ -47,7 +49,12 @@ def fettle() -> Fettle:
 def recipe(tmp_path: Path, tiny_llama: Path) -> Path:
     """A recipe of 8 steps over 24 short conversations: several epochs, dropout on, accumulation 2."""
     rows = [
-        {"messages": [{"role": "user", "content": f"Count {i}."}, {"role": "assistant", "content": "one two " * (1 + i % 5)}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"Count {i}."},
+                {"role": "assistant", "content": "one two " * (1 + i % 5)},
+            ]
+        }
         for i in range(24)
     ]
     data = tmp_path / "data.jsonl"

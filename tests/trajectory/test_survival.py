@@ -82,7 +82,9 @@ def test_killed_at_twenty_random_moments(recipe: Path, fettle: Fettle, tmp_path:
     rng = random.Random(0)
     for i in range(20):
         folder = tmp_path / f"run{i}"
-        child = subprocess.Popen(command("run", str(recipe), f"output={folder}"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        child = subprocess.Popen(
+            command("run", str(recipe), f"output={folder}"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         while not (folder / "metrics.jsonl").exists() and child.poll() is None:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 1.0))
@@ -94,7 +96,9 @@ def test_killed_at_twenty_random_moments(recipe: Path, fettle: Fettle, tmp_path:
 
 
 def test_sigterm_saves_and_has_its_own_exit_code(recipe: Path, fettle: Fettle, tmp_path: Path, expected: tuple) -> None:
-    slow = "import fettle.train.loop as l, time; step = l.run_step\nl.run_step = lambda *a: (time.sleep(0.3), step(*a))[1]"
+    slow = (
+        "import fettle.train.loop as l, time; step = l.run_step\nl.run_step = lambda *a: (time.sleep(0.3), step(*a))[1]"
+    )
     child = subprocess.Popen(
         command("run", str(recipe), "checkpoint.every=100", before=slow), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
         text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -119,7 +123,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_stepped_over(
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
     said = finish(fettle, recipe, tmp_path / "run", expected)
-    assert "step-00000008" in said and "damaged" in said and "stepped over" in said and "resuming after step 6" in said.replace("\n", " ")
+    assert (
+        "step-00000008" in said
+        and "damaged" in said
+        and "stepped over" in said
+        and "resuming after step 6" in said.replace("\n", " ")
+    )
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(recipe: Path, fettle: Fettle, tmp_path: Path, expected: tuple) -> None:

@@ -87,7 +87,9 @@ def test_public_calls_are_narrow_and_described(path: Path) -> None:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("_"):
                 continue
             arguments = [a.arg for a in [*node.args.args, *node.args.kwonlyargs] if a.arg not in ("self", "cls", "ctx")]
-            assert len(arguments) <= MOST_ARGUMENTS, f"{path}:{node.lineno}: {node.name} takes {len(arguments)} arguments"
+            assert len(arguments) <= MOST_ARGUMENTS, (
+                f"{path}:{node.lineno}: {node.name} takes {len(arguments)} arguments"
+            )
 
 
 def modules_after(code: str) -> set[str]:

@@ -71,8 +71,10 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         move = {k: v.to(device, non_blocking=True) for k, v in self.extra.items()}
-        rows = (t.to(device, non_blocking=True) for t in (self.tokens, self.positions, self.targets, self.weights))
-        return Batch(*rows, segments=self.segments, names=self.names, extra=move)
+        tokens, positions, targets, weights = (
+            t.to(device, non_blocking=True) for t in (self.tokens, self.positions, self.targets, self.weights)
+        )
+        return Batch(tokens, positions, targets, weights, self.segments, self.names, move)
 
 
 def pack(examples: list[Example], length: int, pad: int) -> Batch:
@@ -94,7 +96,9 @@ def pack(examples: list[Example], length: int, pad: int) -> Batch:
         for node in example.nodes:
             n = len(node.tokens)
             if at + n > length:
-                raise FettleError(f"{example.name}: {len(example)} tokens do not fit into what is left of a row of {length}")
+                raise FettleError(
+                    f"{example.name}: {len(example)} tokens do not fit into what is left of a row of {length}"
+                )
             parent = base + node.parent if node.parent >= 0 else -1
             first = int(positions[segments[parent].stop - 1]) + 1 if parent >= 0 else 0
             tokens[at : at + n] = node.tokens
@@ -105,7 +109,9 @@ def pack(examples: list[Example], length: int, pad: int) -> Batch:
             if parent >= 0 and n and learn[0]:
                 last = segments[parent].stop - 1
                 if targets[last] != IGNORE:
-                    raise FettleError(f"{example.name}: two segments ask the same position to predict their first token")
+                    raise FettleError(
+                        f"{example.name}: two segments ask the same position to predict their first token"
+                    )
                 targets[last], weights[last] = node.tokens[0], node.weights[0]
             segments.append(Segment(at, at + n, parent, node.causal))
             names.append(example.name or "?")

@@ -110,7 +110,13 @@ def _locate(loc: Sequence[str | int], data: Any) -> Where:
     """The part of a pydantic location that exists in the document (union tags do not)."""
     where: list[str | int] = []
     for step in loc:
-        if isinstance(data, dict) and step in data or isinstance(data, list) and isinstance(step, int) and step < len(data):
+        if (
+            isinstance(data, dict)
+            and step in data
+            or isinstance(data, list)
+            and isinstance(step, int)
+            and step < len(data)
+        ):
             data = data[step]  # type: ignore[index]
             where.append(step)
     return tuple(where)

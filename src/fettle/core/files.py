@@ -109,7 +109,9 @@ def verify(folder: Path) -> dict:
     listed = read_json(folder / MANIFEST)
     files = listed.get("files")
     if not isinstance(files, dict):
-        raise FettleError(f"{folder / MANIFEST}: no 'files' in it; the folder was not written by fettle, or not to its end")
+        raise FettleError(
+            f"{folder / MANIFEST}: no 'files' in it; the folder was not written by fettle, or not to its end"
+        )
     for name, digest in files.items():
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag
 
@@ -45,7 +45,7 @@ def one_of(family: type[Spec], default: str | None = None) -> Any:
         return str(data.get("kind", default or "") if isinstance(data, dict) else getattr(data, "kind", ""))
 
     tagged = tuple(Annotated[member, Tag(kind)] for kind, member in sorted(members.items()))
-    return Annotated[tagged, Discriminator(kind_of)]
+    return Annotated[Union[tagged], Discriminator(kind_of)]
 
 
 def fields_at(annotation: Any, where: Iterable[str | int]) -> set[str]:

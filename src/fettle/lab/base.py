@@ -51,7 +51,9 @@ def install(artifact: Path, target: Path = TINY) -> Path:
         size = (aside / "model.safetensors").stat().st_size
         if size > LARGEST:
             raise FettleError(f"{target}: the weights take {size:,} bytes; at most {LARGEST:,} may ship")
-        (aside / "README.md").write_text(card(rows, sum(p.numel() for p in forest.model.parameters()), base_hash(aside)))
+        (aside / "README.md").write_text(
+            card(rows, sum(p.numel() for p in forest.model.parameters()), base_hash(aside))
+        )
         write_json(aside / MANIFEST, {"kind": "model", "hash": base_hash(aside), "steps": len(rows)})
     return target
 

@@ -82,7 +82,9 @@ def find(name: str) -> Claim:
     return CLAIMS[name]
 
 
-def run_claim(name: str, seeds: int = 3, each: int = 20, changes: Sequence[str] = (), console: Console | None = None) -> Path:
+def run_claim(
+    name: str, seeds: int = 3, each: int = 20, changes: Sequence[str] = (), console: Console | None = None
+) -> Path:
     """Run every arm over the seeds (arms that ended before are read again); returns the folder of the findings."""
     console = console or Console()
     claim = find(name)
@@ -96,13 +98,17 @@ def run_claim(name: str, seeds: int = 3, each: int = 20, changes: Sequence[str] 
         scores[arm] = [_arm(claim, arm, settings, seed, folder, changes, world) for seed in range(seeds)]
         console.print(f"{arm}: " + ", ".join(f"{s:.3f}" for s in scores[arm]))
     verdicts = claim.verdict(scores)
-    write_json(folder / "findings.json", {"claim": claim.says, "paper": claim.paper, "scores": scores, "verdicts": verdicts})
+    write_json(
+        folder / "findings.json", {"claim": claim.says, "paper": claim.paper, "scores": scores, "verdicts": verdicts}
+    )
     table = Table(title=f"{claim.says}\n{claim.paper}")
     for head in ("arm", "held-out families", "95% interval", "seeds"):
         table.add_column(head, justify="left" if head == "arm" else "right")
     for arm, values in scores.items():
         low, high = interval(values)
-        table.add_row(arm, f"{np.mean(values):.3f}", f"{low:.3f} to {high:.3f}", "1 (control)" if arm == "base" else str(seeds))
+        table.add_row(
+            arm, f"{np.mean(values):.3f}", f"{low:.3f} to {high:.3f}", "1 (control)" if arm == "base" else str(seeds)
+        )
     console.print(table)
     for line in verdicts:
         console.print(line)
@@ -142,7 +148,7 @@ def draw(claim: Claim, scores: dict[str, list[float]], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 0.6 * len(scores) + 1.2), layout="constrained")
-    for y, (arm, values) in enumerate(reversed(scores.items())):
+    for y, values in enumerate(reversed(scores.values())):
         axis.plot(values, [y] * len(values), "o", color="#9ab3cc", ms=6)
         axis.plot([float(np.mean(values))], [y], "|", color="#1f4e79", ms=22, mew=3)
     axis.set_yticks(range(len(scores)), list(reversed(scores)))

@@ -96,5 +96,6 @@ def _answer(model: Forest, messages: Sequence[dict[str, str]]) -> str:
 
 
 def _families(file: Path) -> int:
-    return len({line.split('"family": "')[1].split('"')[0] for line in file.read_text().splitlines() if '"family": "' in line})
-
+    return len(
+        {line.split('"family": "')[1].split('"')[0] for line in file.read_text().splitlines() if '"family": "' in line}
+    )

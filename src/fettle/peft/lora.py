@@ -73,7 +73,7 @@ class LoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base's weight, for code that only looks at its type or device."""
-        return self.base.weight
+        return self.base.weight  # type: ignore[return-value]
 
     def delta(self) -> Tensor:
         """s B A, float32 [N, K]."""
@@ -100,7 +100,9 @@ class LoRA(Edit):
         """Wrap the targets. FettleError where one matches nothing or is smaller than the rank."""
         for name, base in linears(model, self.targets).items():
             if self.rank > min(in_out(base)):
-                raise FettleError(f"lora: rank {self.rank} is over the size of {name} {in_out(base)}; choose a smaller rank")
+                raise FettleError(
+                    f"lora: rank {self.rank} is over the size of {name} {in_out(base)}; choose a smaller rank"
+                )
             replace(model, name, LoRALinear(base, self))
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Artifacts: a base by reference, the edits, and the tensors the edits trained; opening replays the edits.
 
-    manifest.json       base {path, revision, hash}, edits, recipe, metrics, and a SHA-256 of every file
-    edits.safetensors   `<index of the edit>/<name of the tensor>`
-    tokenizer.json ...  the tokenizer, with its chat template
+manifest.json       base {path, revision, hash}, edits, recipe, metrics, and a SHA-256 of every file
+edits.safetensors   `<index of the edit>/<name of the tensor>`
+tokenizer.json ...  the tokenizer, with its chat template
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def _fill(forest: Forest, edits: Sequence[Edit], file: Path) -> None:
                     raise FettleError(f"{file}: has no tensor '{key}' that edit {i} ({type(edit).__name__}) needs")
                 value = stored.get_tensor(key)
                 if value.shape != tensor.shape:
-                    raise FettleError(f"{file}: '{key}' has shape {tuple(value.shape)}, the model needs {tuple(tensor.shape)}")
+                    raise FettleError(
+                        f"{file}: '{key}' has shape {tuple(value.shape)}, the model needs {tuple(tensor.shape)}"
+                    )
                 tensor.copy_(value)
                 keys.discard(key)
     if keys:

@@ -56,7 +56,9 @@ class Report:
 
     def __rich__(self) -> ConsoleRenderable:
         rows = Table(title=f"check: {self.name}", title_justify="left", show_header=False)
-        rows.add_row("trains", f"{self.trained:,} of {self.parameters:,} parameters ({self.trained / self.parameters:.2%})")
+        rows.add_row(
+            "trains", f"{self.trained:,} of {self.parameters:,} parameters ({self.trained / self.parameters:.2%})"
+        )
         steps = f"{self.steps:,} steps"
         if self.step_seconds is not None:
             steps += f" of {self.step_seconds:.2f} s: about {_duration(self.steps * self.step_seconds)}"
@@ -115,13 +117,25 @@ def timed(job: Job) -> float:
     try:
         optim: OptimSpec = job.optim.model_copy(update={"steps": 3, "epochs": None})
         rows: list[float] = []
-        fit(replace(job, optim=optim, steps=3, folder=folder, resume=False, quiet=True, on_row=lambda r: rows.append(r["seconds"])))
+        fit(
+            replace(
+                job,
+                optim=optim,
+                steps=3,
+                folder=folder,
+                resume=False,
+                quiet=True,
+                on_row=lambda r: rows.append(r["seconds"]),
+            )
+        )
         return min(rows[1:])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check(pipeline: Pipeline, examples: int = 3, console: Console | None = None, time_steps: bool = True) -> list[Report]:
+def check(
+    pipeline: Pipeline, examples: int = 3, console: Console | None = None, time_steps: bool = True
+) -> list[Report]:
     """Check the stages of a recipe whose parents are there; prints examples and findings, returns the reports.
 
     A later stage opens an artifact that does not exist yet: its recipe is validated, its data and memory cannot be.
@@ -130,7 +144,9 @@ def check(pipeline: Pipeline, examples: int = 3, console: Console | None = None,
     reports = []
     for i, stage in enumerate(pipeline.stages):
         if i:
-            console.print(f"stage {i + 1} ({stage.output}) opens the artifact of the stage before; checked when that is there")
+            console.print(
+                f"stage {i + 1} ({stage.output}) opens the artifact of the stage before; checked when that is there"
+            )
             continue
         reports.append(_check_one(stage, examples, console, time_steps))
     return reports
@@ -168,4 +184,3 @@ def _duration(seconds: float) -> str:
     hours, rest = divmod(int(seconds), 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s" if minutes else f"{seconds:.0f} s"
-

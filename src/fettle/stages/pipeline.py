@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import Field, TypeAdapter
 
@@ -14,7 +14,7 @@ from fettle.core.families import Stage
 from fettle.core.spec import Spec, one_of
 from fettle.stages.tune import Recipe
 
-AnyStage = one_of(Stage, default="tune")
+AnyStage: TypeAlias = one_of(Stage, default="tune")  # type: ignore[valid-type]
 
 
 class Pipeline(Spec):

@@ -1,9 +1,9 @@
 """Tune: a model, a list of edits, data and an objective in; an artifact and a report out.
 
-    output/artifact/            the result (stages/artifact.py)
-    output/report.md loss.png   one page to read
-    output/metrics.jsonl        a row a step
-    output/checkpoints/         what --resume goes on from
+output/artifact/            the result (stages/artifact.py)
+output/report.md loss.png   one page to read
+output/metrics.jsonl        a row a step
+output/checkpoints/         what --resume goes on from
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class Recipe(Stage):
         """The model with the parent's edits (frozen) and this recipe's own; and the list of them all."""
         if parent is None:
             return apply_edits(load(self.model), self.edits, self.seed), self.edits
-        forest, before = open_artifact(parent, **self.model.model_dump(include={"device", "attention", "gradient_checkpointing"}))
+        forest, before = open_artifact(
+            parent, **self.model.model_dump(include={"device", "attention", "gradient_checkpointing"})
+        )
         for place, edit in enumerate(self.edits, len(before)):
             add_edit(forest, edit, self.seed, place)
         return forest, (*before, *self.edits)
@@ -99,7 +101,9 @@ class Recipe(Stage):
             cache=self.cache or self.output / "cache", packing=self.batch.packing,
         )  # fmt: skip
         if corpus.template is not None and not forest.tokenizer.chat_template:
-            forest.tokenizer.chat_template = corpus.template.text  # the default that was trained on goes with the artifact
+            forest.tokenizer.chat_template = (
+                corpus.template.text
+            )  # the default that was trained on goes with the artifact
         return corpus
 
     def job(self, forest: Forest, corpus: Corpus, steps: int, resume: bool = False) -> Job:

@@ -76,7 +76,9 @@ class AdamW8bit(torch.optim.Optimizer):
         state["step"] = state.get("step", torch.zeros(())) + 1
         step = state["step"].item()
         mean = self._read(state, "exp_avg", True, gradient).lerp_(gradient, 1 - beta1)
-        square = self._read(state, "exp_avg_sq", False, gradient).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        square = (
+            self._read(state, "exp_avg_sq", False, gradient).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        )
         self._write(state, "exp_avg", True, mean)
         self._write(state, "exp_avg_sq", False, square)
         denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])

@@ -83,7 +83,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, A
 
 def newest(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]] | None:
     """Manifest and tensors of the newest sound checkpoint, and a sentence for each damaged one stepped over."""
-    problems = []
+    problems: list[str] = []
     for path in reversed(_all(folder)):
         try:
             facts = verify(path)

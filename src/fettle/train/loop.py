@@ -1,8 +1,8 @@
 """The one loop. Every optimizer step is a pure function of the state before it and of its index.
 
-    for each step:  sum the objective over the step's batches, backward on each sum
-                    divide the gradient by the step's whole count   (so accumulation and sharding change nothing)
-                    clip, update the masters, publish them to the weights
+for each step:  sum the objective over the step's batches, backward on each sum
+                divide the gradient by the step's whole count   (so accumulation and sharding change nothing)
+                clip, update the masters, publish them to the weights
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def fit(job: Job) -> dict[str, float]:
         raise FettleError("edits: nothing trains; add an edit such as {kind: lora} or {kind: full}")
     optimizer = build(job.optim, masters)
     start, said = _begin(job, masters, optimizer, world)
-    log = Log(job.folder if world.first else job.folder / f"rank{world.rank}", start, quiet=job.quiet or not world.first)
+    log = Log(
+        job.folder if world.first else job.folder / f"rank{world.rank}", start, quiet=job.quiet or not world.first
+    )
     for sentence in said:
         log.say(sentence)
     last: dict[str, float] = {}
@@ -125,7 +127,9 @@ def run_step(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optim
     gradients = masters.gradients()
     world.sum([*gradients, *sums.values(), count, tokens])
     if not gradients:
-        raise FettleError(f"step {step + 1}: no weight received a gradient; the edits train nothing that the objective reaches")
+        raise FettleError(
+            f"step {step + 1}: no weight received a gradient; the edits train nothing that the objective reaches"
+        )
     torch._foreach_mul_(gradients, 1.0 / max(count.item(), 1e-12))
     size = norm(gradients).item()
     lr = job.optim.lr_at(step, job.steps)
@@ -178,7 +182,9 @@ def _begin(job: Job, masters: Masters, optimizer: torch.optim.Optimizer, world: 
 def _save(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optimizer, world: World) -> None:
     if world.first:
         facts = {"recipe": fingerprint(job.recipe), "steps": job.steps}
-        checkpoint.save(job.folder / "checkpoints", step, checkpoint.pack_state(masters, optimizer), facts, job.checkpoints.keep)
+        checkpoint.save(
+            job.folder / "checkpoints", step, checkpoint.pack_state(masters, optimizer), facts, job.checkpoints.keep
+        )
     world.wait()
 
 
@@ -196,7 +202,11 @@ def _line(row: dict[str, Any]) -> str:
     from fettle.models.memory import resident
 
     loss = row.get("loss")
-    return f"loss {loss:.3f}  {row['tokens_per_second']:,.0f} tok/s  {resident() / 2**30:.1f} GiB" if loss is not None else ""
+    return (
+        f"loss {loss:.3f}  {row['tokens_per_second']:,.0f} tok/s  {resident() / 2**30:.1f} GiB"
+        if loss is not None
+        else ""
+    )
 
 
 @contextmanager

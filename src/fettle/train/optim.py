@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -100,7 +100,7 @@ class Masters:
             hook.remove()
 
 
-def _adder(master: nn.Parameter):
+def _adder(master: nn.Parameter) -> Callable[[nn.Parameter], None]:
     def add(weight: nn.Parameter) -> None:
         if master.grad is None:
             master.grad = weight.grad.float()  # type: ignore[union-attr]

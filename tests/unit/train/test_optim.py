@@ -69,7 +69,9 @@ def test_dynamic_code_has_256_values_and_bounded_error(signed: bool) -> None:
     values = torch.randn(1000) if signed else torch.rand(1000) ** 4
     again = dequantize(*quantize(values, signed), signed, values)
     nearest = (values[:, None] / _scales(values)[:, None] - code[None]).abs().argmin(1)
-    assert torch.allclose(again, code[nearest] * _scales(values), atol=1e-7), "every value goes to the nearest of the code"
+    assert torch.allclose(again, code[nearest] * _scales(values), atol=1e-7), (
+        "every value goes to the nearest of the code"
+    )
 
 
 def _scales(values: torch.Tensor) -> torch.Tensor:
