@@ -20,7 +20,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help demo demo-short test test-slow lint format base bench clean
+.PHONY: help demo demo-short test test-slow lint format base clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -48,9 +48,6 @@ format: $(TEST_READY)  ## let ruff rewrite what it can
 
 base: $(RUN_READY)  ## pretrain the embedded base model again, from nothing
 	$(FETTLE) lab base
-
-bench: $(TEST_READY)  ## against the peers, on a quiet machine; prints one JSON line with the ratio
-	$(PY) benchmarks/sft.py $(ARGS)
 
 clean:  ## remove the virtual environment and every cache; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
