@@ -1,8 +1,8 @@
 """The pre-training corpus: endless documents about the small world, each a pure function of (world, seed, index).
 
 About three quarters are English, one quarter Chinese. The skills of the instruction tasks are in
-it as prose ("The list pear, fig in alphabetical order is fig, pear."); instructions, questions with their answers
-and chat turns are not, so that a model of this corpus is fluent in its world and unable to follow instructions.
+it as prose ("The list pear, fig in alphabetical order is fig, pear."), as told lessons and as pages of an exercise book;
+chat turns are not, so that a model of this corpus is fluent in its world and unable to follow instructions.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ KINDS: dict[Kind, float] = {
     language.names: 2,
     language.parallel: 5,
     school.lesson: 9,
+    school.workbook: 9,
+    school.dictation: 10,
     chinese.profile: 9,
     chinese.mixture: 8,
     chinese.places: 5,
@@ -52,6 +54,7 @@ KINDS: dict[Kind, float] = {
     chinese.story: 5,
     reviews.reviews_zh: 4,
     school.lesson_zh: 5,
+    school.dictation_zh: 4,
 }
 _KINDS, _WEIGHTS = tuple(KINDS), tuple(accumulate(KINDS.values()))
 _PASSAGES = {False: (1, 1, 2, 2, 3, 4), True: (2, 3, 3, 4, 5)}  # of a document in English, in Chinese

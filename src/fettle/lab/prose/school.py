@@ -1,7 +1,7 @@
-"""Days at school, told: what the teacher set, in indirect speech, and what the pupils wrote.
+"""Days at school, told: what the teacher set, what the pupils wrote, what stood in the exercise book, what was copied out.
 
-These pages teach the words of tasks (sort, translate, compare, find, decide) inside ordinary sentences. Nothing here
-is addressed to the reader, and nobody answers.
+These pages teach the words of tasks (sort, translate, compare, find, decide), and to repeat exactly what stands before,
+inside ordinary texts. Nothing here is a conversation, and nobody answers the reader.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 from ..lexicon import OPPOSITES, VERBS
 from ..world import Entity, World
 from . import reviews
-from .facts import claim, other
+from .facts import capitalised, claim, other
 from .lists import joined, words
 from .stories import handing
 
@@ -39,6 +39,76 @@ def lesson(rng: random.Random, world: World) -> str:
         task, answer = rng.choice(tasks)(rng, world)
         lines.append(rng.choice(TOLD).format(p=rng.choice(world.people).en, t=task, a=answer))
     return rng.choice((" ", "\n")).join(lines)
+
+
+EXERCISES = ("Exercise", "Task", "Problem", "On the board", "Homework")
+SOLUTIONS = ("Solution", "Solved", "Result", "In the book", "The pupil wrote")
+
+
+def workbook(rng: random.Random, world: World) -> str:
+    """Pages of an exercise book: a numbered list of tasks, each with its solution in short."""
+    tasks = (_word_task, _number_task, _list_task, _list_task, _sentence_task, _fact_task, _choice_task)
+    head, tail = rng.choice(EXERCISES), rng.choice(SOLUTIONS)
+    lines = []
+    for number in range(1, rng.randint(3, 7)):
+        task, answer = rng.choice(tasks)(rng, world)
+        lines.append(f"{head} {number}: {capitalised(task)}. {tail}: {answer}")
+    return "\n".join(lines)
+
+
+def dictation(rng: random.Random, world: World) -> str:
+    """Words, names, numbers or a sentence read aloud, and copied exactly by one pupil after another."""
+    teacher, *pupils = (person.en for person in rng.sample(world.people, rng.randint(3, 5)))
+    lines = []
+    for pupil in pupils:
+        text = rng.choice((_row_of_words, _row_of_words, _row_of_names, _row_of_digits, _told_sentence))(rng, world)
+        lines.append(
+            rng.choice(
+                (
+                    f"{teacher} read: {text}. {pupil} wrote: {text}.",
+                    f'"{text}", said {teacher}. "{text}", said {pupil}.',
+                    f"On the board stood {text}. {pupil} copied it: {text}.",
+                    f"{teacher} began with {text}, and {pupil} repeated {text}.",
+                )
+            )
+        )
+    return " ".join(lines)
+
+
+def dictation_zh(rng: random.Random, world: World) -> str:
+    """The same in Chinese."""
+    teacher, *pupils = (person.zh for person in rng.sample(world.people, rng.randint(3, 5)))
+    groups = (world.foods, world.animals, world.objects, world.people, world.towns)
+    lines = []
+    for pupil in pupils:
+        text = "、".join(word.zh for word in rng.sample(rng.choice(groups), rng.randint(2, 6)))
+        lines.append(
+            rng.choice(
+                (
+                    f"{teacher}读：{text}。{pupil}写：{text}。",
+                    f"{teacher}说“{text}”，{pupil}也说“{text}”。",
+                    f"黑板上写着{text}，{pupil}抄下{text}。",
+                )
+            )
+        )
+    return "".join(lines)
+
+
+def _row_of_words(rng: random.Random, world: World) -> str:
+    group = world.foods + world.animals + world.objects + world.colors + world.jobs
+    return ", ".join(word.en for word in rng.sample(group, rng.randint(2, 7)))
+
+
+def _row_of_names(rng: random.Random, world: World) -> str:
+    return ", ".join(word.en for word in rng.sample(world.people + world.towns, rng.randint(2, 6)))
+
+
+def _row_of_digits(rng: random.Random, world: World) -> str:
+    return " ".join(str(rng.randint(0, 99)) for _ in range(rng.randint(3, 8)))
+
+
+def _told_sentence(rng: random.Random, world: World) -> str:
+    return rng.choice((handing(rng, world).text, reviews.opinion(rng, world, rng.random() < 0.5))).rstrip(".")
 
 
 def lesson_zh(rng: random.Random, world: World) -> str:
