@@ -20,6 +20,8 @@ app = typer.Typer(
 )  # fmt: skip
 lab_app = typer.Typer(no_args_is_help=True, help="The small world on your desk: its data, its base model, its claims.")
 app.add_typer(lab_app, name="lab")
+peft_app = typer.Typer(no_args_is_help=True, help="The parameter-efficient family.")
+app.add_typer(peft_app, name="peft")
 
 RecipePath = Annotated[Path, typer.Argument(help="a recipe in YAML", show_default=False)]
 Overrides = Annotated[
@@ -179,6 +181,27 @@ def schema() -> None:
     print(json.dumps(stages.schema(), indent=2))
 
 
+@peft_app.command("compare", epilog="[bold]fettle peft compare recipes/quickstart.yaml optim.steps=100[/bold]")
+def peft_compare(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    arms: Annotated[
+        Path | None, typer.Option(help="a file of arms: what each changes in the recipe; default: every method")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="only this arm; may be given several times")] = None,
+    seeds: Annotated[int, typer.Option(help="how many seeds")] = 1,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder for the runs and findings")] = Path(
+        "runs/compare"
+    ),
+) -> None:
+    """Run a recipe with every method: trained parameters, memory, time a step, quality, latency; a table and a picture."""
+    from fettle.stages.compare import compare, pick, read_arms
+    from fettle.stages.recipes import recipe_file
+
+    compare(recipe, pick(read_arms(arms or recipe_file("peft.yaml")), only), output, overrides or (), seeds)
+    print(output / "findings.png")
+
+
 @lab_app.command("list")
 def lab_list() -> None:
     """The claims that can be reproduced here."""
@@ -192,7 +215,9 @@ def lab_list() -> None:
 def lab_run(
     claim: Annotated[str, typer.Argument(help="a claim of `fettle lab list`")],
     seeds: Annotated[int, typer.Option(help="how many seeds")] = 3,
-    each: Annotated[int, typer.Option(help="evaluation items a task family")] = 20,
+    each: Annotated[
+        int | None, typer.Option(help="evaluation items a task family; default: as many as the claim needs")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of the recipe, as in optim.steps=50")
     ] = None,

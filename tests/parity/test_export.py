@@ -13,7 +13,9 @@ from fettle.export import export, load_peft
 from fettle.models.forest import Forest
 from fettle.models.load import load
 from fettle.models.spec import ModelSpec
-from fettle.peft import LoRA
+from fettle.peft import AdaLoRA, LoRA
+from fettle.peft.adalora import AdaLoRALinear
+from fettle.peft.lora import LoRALinear
 
 peft: Any = pytest.importorskip("peft")
 TOKENS = torch.randint(0, 300, (2, 23), generator=torch.Generator().manual_seed(0))
@@ -59,6 +61,16 @@ CONFIGS = {
     "all-linear": {"target_modules": "all-linear", "r": 2, "lora_alpha": 4, "lora_dropout": 0.1},
     "some layers": {"target_modules": ["q_proj"], "layers_to_transform": [1], "r": 4, "lora_alpha": 4},
     "gaussian": {"target_modules": ["o_proj"], "r": 4, "lora_alpha": 4, "init_lora_weights": "gaussian"},
+    "dora": {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 8, "use_dora": True, "use_rslora": True},
+    "patterns": {
+        "target_modules": ["q_proj", "up_proj"],
+        "r": 4,
+        "lora_alpha": 4,
+        "rank_pattern": {r"layers\.1\.mlp\.up_proj": 2, "q_proj": 6},
+        "alpha_pattern": {"up_proj": 5},
+    },
+    "embedding and head": {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "r": 4, "lora_alpha": 4},
+    "dora on an embedding": {"target_modules": ["embed_tokens"], "r": 4, "lora_alpha": 4, "use_dora": True},
 }
 
 
@@ -80,7 +92,19 @@ def test_pefts_adapters_load_here(tiny_llama: Path, tmp_path: Path, name: str) -
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"rslora": True, "alpha": 5.0}, {"targets": ("q_proj", "down_proj")}, {"targets": r".*layers\.0\..*"}],
+    [
+        {},
+        {"rslora": True, "alpha": 5.0},
+        {"targets": ("q_proj", "down_proj")},
+        {"targets": r".*layers\.0\..*"},
+        {"dora": True, "rslora": True},
+        {"ranks": {"q_proj": 2, r".*layers\.1\.mlp.*": 6}, "alphas": {"k_proj": 3.0}},
+        {"targets": ("embed_tokens", "lm_head", "o_proj")},
+        {"targets": ("embed_tokens", "lm_head", "o_proj"), "dora": True},
+        {"init": "pissa", "alpha": 8.0},
+        {"init": "pissa", "rslora": True, "dora": True, "targets": ("q_proj",)},
+    ],
+    ids=str,
 )
 def test_our_adapters_load_in_peft(tiny_llama: Path, tmp_path: Path, settings: dict) -> None:
     forest = opened(tiny_llama)
@@ -91,6 +115,56 @@ def test_our_adapters_load_in_peft(tiny_llama: Path, tmp_path: Path, settings: d
     assert parity.checked_with == "peft"
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "out")
     assert torch.allclose(logits(forest.model), logits(theirs), atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [("wte",), ("lm_head",), ("wte", "lm_head", "c_attn")])
+def test_tied_weights_come_apart_as_in_peft(tiny_gpt2: Path, tmp_path: Path, targets: tuple[str, ...]) -> None:
+    """Only the side that was adapted changes, in the adapter, in peft and in the merged folder, which is not tied."""
+    forest = opened(tiny_gpt2)
+    assert forest.model.lm_head.weight is forest.model.transformer.wte.weight
+    edit = LoRA(rank=4, targets=targets)
+    edit.apply(forest.model)
+    liven(edit.tensors(forest.model).values())
+    export(forest, [edit], tmp_path / "adapter", "peft")
+    export(forest, [edit], tmp_path / "merged", "hf")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not merged.config.tie_word_embeddings
+    assert torch.allclose(logits(merged), logits(forest.model), atol=1e-4)
+    back = opened(tiny_gpt2)
+    load_peft(back, tmp_path / "adapter")
+    assert torch.equal(logits(back.model), logits(forest.model))
+
+
+def test_adalora_goes_out_as_a_lora_of_the_ranks_it_kept(tiny_llama: Path, tmp_path: Path) -> None:
+    forest = opened(tiny_llama)
+    edit = AdaLoRA(rank=4, target_rank=2, targets=("q_proj", "up_proj"))
+    edit.apply(forest.model)
+    liven(edit.tensors(forest.model).values())
+    layers = [m for m in forest.model.modules() if isinstance(m, AdaLoRALinear)]
+    layers[0].values.data[1:3] = 0
+    layers[1].values.data[:] = 0
+    export(forest, [edit], tmp_path / "out", "peft")
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "out")
+    assert torch.allclose(logits(forest.model), logits(theirs), atol=1e-5)
+    assert sorted(m.r["default"] for m in theirs.modules() if isinstance(getattr(m, "r", None), dict)) == [2, 4, 4]
+
+
+def test_pefts_adalora_loads_as_a_lora(tiny_llama: Path, tmp_path: Path) -> None:
+    config = peft.AdaLoraConfig(
+        init_r=4, target_r=2, lora_alpha=8, total_step=6, deltaT=1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )  # fmt: skip
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama), config)
+    liven(p for n, p in theirs.named_parameters() if "lora_" in n)
+    for step in range(1, 7):
+        theirs(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        theirs.base_model.update_and_allocate(step)
+        theirs.zero_grad()
+    theirs.save_pretrained(tmp_path / "adapter")
+    forest = opened(tiny_llama)
+    edit = load_peft(forest, tmp_path / "adapter")
+    assert sum(len(m.a) for m in forest.model.modules() if isinstance(m, LoRALinear)) == 2 * 4
+    assert torch.allclose(logits(forest.model), logits(theirs), atol=1e-5)
+    assert edit.kind == "lora"
 
 
 def test_without_peft_the_adapter_is_read_back_by_our_own_reader(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:

@@ -31,21 +31,29 @@ class Node:
     """One segment of an example before packing: token ids int32 [n], and weights float32 [n].
 
     `weights[i]` is the weight of token i *as a target*, that is of predicting it from what comes
-    before it; 0 where nothing is learned.
+    before it; 0 where nothing is learned. Where `marks` int64 [n] are given, token i is to be marked
+    with `marks[i]` (IGNORE for none) at its own place instead, and `weights[i]` is the weight of that.
+    `types` int64 [n] are the token types of models that have them (0 where left out).
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     parent: int = -1
     causal: bool = True
+    marks: np.ndarray | None = None
+    types: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tree of nodes, parents before children, with the name of where it comes from (`file:line`)."""
+    """A tree of nodes, parents before children, with the name of where it comes from (`file:line`).
+
+    `extra` are facts of the example as a whole, as its label; a batch stacks them by key, in order.
+    """
 
     nodes: tuple[Node, ...]
     name: str = ""
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(len(node.tokens) for node in self.nodes)
@@ -53,7 +61,10 @@ class Example:
 
 @dataclass
 class Batch:
-    """One row of T tokens. `names[s]` is the example that segment s came from; '' for padding."""
+    """One row of T tokens. `names[s]` is the example that segment s came from; '' for padding.
+
+    `extra` holds what its examples bring, stacked [E, ...] over E examples, and "types" int64 [T] where nodes have them.
+    """
 
     tokens: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
@@ -78,7 +89,7 @@ class Batch:
 
 
 def pack(examples: list[Example], length: int, pad: int) -> Batch:
-    """Lay examples into one row of `length` tokens; the tail is a segment that nobody sees.
+    """Lay examples into one row of `length` tokens; the tail is a segment that nobody sees, all at position 0.
 
     A node's first token is predicted from the last token of its parent. One position predicts one
     token, so where a prompt has several children its builder cuts the prompt one token short and
@@ -104,9 +115,13 @@ def pack(examples: list[Example], length: int, pad: int) -> Batch:
             tokens[at : at + n] = node.tokens
             positions[at : at + n] = np.arange(first, first + n)
             learn = node.weights > 0
-            targets[at : at + n - 1] = np.where(learn[1:], node.tokens[1:], IGNORE)
-            weights[at : at + n - 1] = node.weights[1:]
-            if parent >= 0 and n and learn[0]:
+            if node.marks is not None:
+                targets[at : at + n] = np.where(learn, node.marks, IGNORE)
+                weights[at : at + n] = np.where(node.marks != IGNORE, node.weights, 0)
+            else:
+                targets[at : at + n - 1] = np.where(learn[1:], node.tokens[1:], IGNORE)
+                weights[at : at + n - 1] = node.weights[1:]
+            if parent >= 0 and n and learn[0] and node.marks is None:
                 last = segments[parent].stop - 1
                 if targets[last] != IGNORE:
                     raise FettleError(
@@ -117,11 +132,42 @@ def pack(examples: list[Example], length: int, pad: int) -> Batch:
             names.append(example.name or "?")
             at += n
     if at < length:
-        positions[at:] = np.arange(length - at)
         segments.append(Segment(at, length))
         names.append("")
     make = torch.from_numpy
-    return Batch(make(tokens), make(positions), make(targets), make(weights), tuple(segments), tuple(names))
+    extra = _extra(examples, length)
+    return Batch(make(tokens), make(positions), make(targets), make(weights), tuple(segments), tuple(names), extra)
+
+
+def _extra(examples: list[Example], length: int) -> dict[str, Tensor]:
+    """What the examples of a row bring beside tokens: stacked by key, and the types of its tokens."""
+    found: dict[str, Tensor] = {}
+    for key in dict.fromkeys(key for example in examples for key in example.extra):
+        lacking = next((example.name for example in examples if key not in example.extra), None)
+        if lacking is not None:
+            raise FettleError(f"{lacking}: has no '{key}', which other examples of its batch have")
+        found[key] = torch.from_numpy(np.stack([example.extra[key] for example in examples]))
+    nodes = [node for example in examples for node in example.nodes]
+    if any(node.types is not None for node in nodes):
+        types = [np.zeros(len(n.tokens), np.int64) if n.types is None else n.types for n in nodes]
+        row = np.concatenate(types)
+        found["types"] = torch.from_numpy(np.pad(row, (0, length - len(row))).astype(np.int64))
+    return found
+
+
+def with_prefix(batch: Batch, length: int) -> Batch:
+    """The batch with `length` virtual tokens in front, a root that all others get as their parent; positions move by as many.
+
+    The new tokens have the id 0 and no target; their segment has no name, so they do not count as useful.
+    """
+    moved = [Segment(s.start + length, s.stop + length, s.parent + 1, s.causal) for s in batch.segments]
+    tokens, targets, weights = (
+        torch.cat([t.new_full((length,), blank), t])
+        for t, blank in ((batch.tokens, 0), (batch.targets, IGNORE), (batch.weights, 0))
+    )
+    positions = torch.cat([torch.arange(length).to(batch.positions), batch.positions + length])
+    segments = (Segment(0, length), *moved)
+    return Batch(tokens, positions, targets, weights, segments, ("", *batch.names), batch.extra)
 
 
 def ancestors(segments: tuple[Segment, ...], index: int) -> list[int]:

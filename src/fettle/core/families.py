@@ -28,8 +28,29 @@ class Edit(Spec):
         """What an artifact must keep so that `apply` on the same base followed by a strict load gives this model."""
         return {}
 
+    def settle(self, model: nn.Module) -> None:
+        """Let go of what only training needs (a reparameterisation); from here on `tensors` are what the model runs on."""
+
     def merge(self, model: nn.Module) -> None:
         """Fold the edit into plain weights, in place, where that is exact; FettleError where it is not."""
+
+    def lr_scales(self, model: nn.Module) -> dict[str, float]:
+        """Factors on the learning rate, by the name of the weight; a weight that is not named has 1."""
+        return {}
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """A differentiable scalar that every step adds to its mean loss."""
+        return None
+
+    def after_step(self, model: nn.Module, step: int, steps: int) -> None:
+        """Act after step 0 <= `step` < `steps`: the weights have moved, their gradients are still there.
+
+        It may write to float32 weights and to buffers of the edit's own; what it must remember belongs to `state`.
+        """
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Live tensors beside the trained weights that a resumed run must find bit for bit; a checkpoint keeps them."""
+        return {}
 
 
 @dataclass

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import orjson
 
@@ -34,18 +35,29 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file in one step: a reader sees the old bytes or the new ones, never a part."""
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a file aside through the handle this gives, then sync and rename it to `path`.
+
+    A reader sees the old bytes or the whole new ones, never a part; a body that fails leaves what was there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as handle:
-            handle.write(data)
+            yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file in one step."""
+    with new_file(path) as handle:
+        handle.write(data)
 
 
 def write_json(path: Path, value: object) -> None:

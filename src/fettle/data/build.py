@@ -19,6 +19,7 @@ from fettle.core.errors import FettleError
 from fettle.core.files import new_folder, sha256, write_bytes
 from fettle.data import hub
 from fettle.data.formats import Sample, chat, detect, to_sample
+from fettle.data.forms import LABELLED
 from fettle.data.parse import BadRow, strings
 from fettle.data.read import Row, files, head_of, kind_of_file, read, split_of
 from fettle.data.render import Job, worker
@@ -26,7 +27,7 @@ from fettle.data.spec import DataSpec
 from fettle.data.store import ASIDE, Store, Writer, cached, open_store
 from fettle.data.template import Encoder
 
-VERSION = 1  # raised whenever the same data would be encoded otherwise
+VERSION = 2  # raised whenever the same data would be encoded otherwise
 LOOK = 32  # rows that tell a format
 CHUNK, CHUNK_CHARACTERS = 1024, 4 << 20
 SHOWN = 10  # bad rows named in full
@@ -124,15 +125,19 @@ class _Build:
                 raise FettleError(f"{self.spec.path}: none of the first {self.read} rows can be used")
 
     def _format(self, first: list[Row]) -> str:
-        if self.spec.template is not None:
-            return "template"
-        if self.spec.format != "auto":
-            return self.spec.format
+        said = "template" if self.spec.template is not None else self.spec.format
         values = [row.value for row in first if row.value is not None]
-        if not values:
+        if said == "auto" and not values:
             why = f"; {first[0].where}: {first[0].problem}" if first else "; it holds no rows"
             raise FettleError(f"{self.spec.path}: no row can be read, so its format is not known{why}")
-        found = detect(values, self.spec.path)
+        if self.encoder.form is not None:
+            found = self.encoder.form.format(self.spec, values)
+        elif said in LABELLED:
+            raise FettleError(f"{self.spec.path}: rows of format: {said} are for a model with task: {LABELLED[said]}")
+        else:
+            found = detect(values, self.spec.path) if said == "auto" else said
+        if said != "auto":
+            return found
         self.notes.append(f"{self.spec.path}: format {found}, by its columns")
         return found
 
@@ -147,7 +152,7 @@ class _Build:
         for (row, sample), found in zip(good, self.encoder.encode([s for _, s in good]), strict=True):
             if isinstance(found, str):
                 self._set_aside(row, found)
-            elif not any(example.spans for example in found):
+            elif not any(example.learned for example in found):
                 self._set_aside(row, "nothing in it is learned")
             else:
                 self.kept += 1
@@ -208,7 +213,8 @@ class _Build:
     def _dressed(self, sample: Sample, default: bool) -> Sample:
         """A prompt and its completion as a conversation, where the recipe wants that."""
         wanted = default if self.spec.chat is None else self.spec.chat
-        if sample.kind != "completion" or not wanted:
+        labels = self.encoder.form is not None and self.encoder.form.labels
+        if sample.kind != "completion" or not wanted or labels:
             return sample
         if not sample.prompt.strip():
             raise BadRow("the prompt is empty, and a conversation begins with the user")
@@ -254,6 +260,10 @@ class _Build:
         if self.control:
             self.notes.append(
                 f"{self.spec.path}: {self.control} rows hold a control token of the tokenizer in their text"
+            )
+        if self.chats and self.encoder.template.name == "join":
+            self.notes.append(
+                f"{self.spec.path}: the tokenizer has no chat template, so a source is its turns, one below the other"
             )
         if self.tools and "tools" not in self.encoder.template.of(True):
             self.notes.append(

@@ -33,10 +33,16 @@ class Sample:
     completion: str = ""
     text: str = ""
     weight: float = 1.0
+    label: Any = None  # of a text, or of `text` with `pair`: a name, a number, or a list of them
+    pair: str = ""
+    words: tuple[str, ...] = ()
+    tags: tuple[Any, ...] = ()  # one a word: a name or a number
 
     @property
     def kind(self) -> str:
-        """'chat', 'completion' or 'text'."""
+        """'chat', 'completion', 'text', 'labelled' or 'tagged'."""
+        if self.words or self.label is not None:
+            return "tagged" if self.words else "labelled"
         return "chat" if self.messages else "completion" if self.completion else "text"
 
 
@@ -113,6 +119,29 @@ def _maybe(row: dict[str, Any], key: str) -> str:
 
 def _plain(row: dict[str, Any]) -> Sample:
     return Sample(text=_text(row, "text"))
+
+
+def _labelled(row: dict[str, Any]) -> Sample:
+    key = "label" if "label" in row else "labels" if "labels" in row else ""
+    if not key or row[key] is None:
+        raise BadRow("the key 'label' is missing" if not key else f"'{key}' is null")
+    return Sample(text=_text(row, "text"), pair=_maybe(row, "text_pair"), label=row[key])
+
+
+def _tagged(row: dict[str, Any]) -> Sample:
+    for key in ("tokens", "tags"):
+        if not isinstance(row.get(key), list):
+            raise BadRow(
+                f"'{key}' must be a list, found {kind_of(row[key])}" if key in row else f"the key '{key}' is missing"
+            )
+    words, tags = row["tokens"], row["tags"]
+    if not words:
+        raise BadRow("'tokens' is empty")
+    if len(words) != len(tags):
+        raise BadRow(f"{len(words)} tokens and {len(tags)} tags; each token needs one")
+    if not all(isinstance(word, str) and word.strip() for word in words):
+        raise BadRow("'tokens' holds something that is no word")
+    return Sample(words=tuple(words), tags=tuple(tags))
 
 
 def _completion(row: dict[str, Any]) -> Sample:
@@ -294,4 +323,5 @@ def chat(
 
 READERS: dict[str, Callable[[dict[str, Any]], Sample]] = {
     "alpaca": _alpaca, "sharegpt": _sharegpt, "messages": _messages, "completion": _completion, "text": _plain,
+    "labelled": _labelled, "tagged": _tagged,
 }  # fmt: skip

@@ -36,9 +36,12 @@ def problems(corpus: Corpus) -> list[str]:
     """Every problem that these checks find in data that is ready to train on."""
     examples = corpus.examples(LOOKED_AT)
     found = nothing_learned(corpus) + everything_cut(corpus)
+    form = corpus.encoder.form
+    if form is not None and form.labels:
+        return found
     found += end_never_learned(examples, corpus.encoder) + pad_hides_end(examples, corpus.tokenizer)
     if corpus.template:
-        found += split_markers(corpus.encoder) + serving_differs(corpus.encoder)
+        found += split_markers(corpus.encoder) + ([] if form else serving_differs(corpus.encoder))
     return found
 
 
@@ -158,7 +161,8 @@ def stretches(node: Node) -> list[tuple[int, int]]:
 def show(example: Example, tokenizer: Any) -> Text:
     """An example token by token: learned tokens on green (by turns two shades), others dim, weights other than 1 on gold."""
     text = Text()
-    text.append(f"{example.name}\n", style="bold")
+    label = f"   labels {example.extra['labels'].tolist()}" if "labels" in example.extra else ""
+    text.append(f"{example.name}{label}\n", style="bold")
     for number, node in enumerate(example.nodes):
         if number:
             text.append(f"\n-- segment {number}, after segment {node.parent} --\n", style="bold")

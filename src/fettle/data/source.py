@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fettle.core.batch import Batch, Example, pack
 from fettle.core.errors import FettleError
 from fettle.core.files import write_bytes
 from fettle.data.build import encoded
+from fettle.data.forms import Form
 from fettle.data.mix import ROWS, epoch_order, shares
 from fettle.data.packing import Plan, plan
 from fettle.data.spec import DataSpec
@@ -124,7 +126,9 @@ class Corpus:
         source, at = self.sources[number], unit - int(self._bases[number])
         index, start, stop = (int(a[at]) for a in (source.units.example, source.units.start, source.units.stop))
         name = source.store.name(index) + (f"@{start}" if start else "")
-        return Example((source.store.node(index, start, stop),), name)
+        if self.encoder.form is None:
+            return Example((source.store.node(index, start, stop),), name)
+        return replace(self.encoder.form.example(source.store.encoded(index), stop), name=name)
 
     def examples(self, count: int) -> list[Example]:
         """The first examples of the first epoch, for display; every source is among them where `count` allows."""
@@ -133,6 +137,12 @@ class Corpus:
         firsts = [order[owner == n][:1] for n in range(1, len(self._bases))]
         picked = list(dict.fromkeys(np.concatenate([*firsts, order]).tolist()))
         return [self.example(int(u)) for u in picked[:count]]
+
+    def fullest(self) -> Batch:
+        """A row filled with copies of the longest example: no other row of these examples needs much more memory."""
+        longest = int(self._lengths.argmax())
+        copies = self.length // int(self._lengths[longest]) if self.packing else 1
+        return pack([self.example(longest)] * copies, self.length, self.pad)
 
     def fill(self, epoch: int = 0) -> float:
         """The share of an epoch's positions that hold a token."""
@@ -143,9 +153,9 @@ class Corpus:
         """The counts of each source, as plain values."""
         return [asdict(c) for c in self.counts]
 
-    def table(self) -> Table:
+    def table(self, title: str = "data") -> Table:
         """The counts of each source, to print."""
-        table = Table(title="data", title_justify="left", title_style="bold")
+        table = Table(title=title, title_justify="left", title_style="bold")
         for head in ("source", "rows read", "kept", "set aside", "cut", "tokens", "learned", "share"):
             table.add_column(head, justify="left" if head == "source" else "right", overflow="fold")
         for c in self.counts:
@@ -175,29 +185,45 @@ def prepare(
     seed: int = 0,
     cache: Path | None = None,
     packing: bool = True,
+    form: Form | None = None,
 ) -> Corpus:
     """Read, encode (or find in `cache`) and mix the sources, in rows of `length` tokens.
 
-    Without a cache folder the tokens lie in a temporary one, removed with the corpus. FettleError where a source cannot
-    be read, has too many bad rows, or leaves nothing to learn.
+    `form` is what examples are made into where the model is not a plain causal language model (data/forms.py).
+    Without a cache folder the tokens lie in a temporary one, removed with the corpus, or with the process where there is
+    no corpus. FettleError where a source cannot be read, has too many bad rows, or leaves nothing to learn.
     """
     if length < 2:
         raise FettleError(f"batch.tokens: {length} tokens hold no prediction; at least 2 are needed")
     if not specs:
         raise FettleError("data: no source is given")
-    folder = cache or Path(tempfile.mkdtemp(prefix="fettle-data-"))
+    folder = cache or _temporary()
     folder.mkdir(parents=True, exist_ok=True)
-    encoder = Encoder(tokenizer)
-    sources = [_source(spec, encoder, length, folder) for spec in specs]
+    encoder = Encoder(tokenizer, form=form)
+    try:
+        sources = [_source(spec, encoder, length, folder) for spec in specs]
+    except FettleError as error:
+        if cache is None and str(folder) in str(error):  # the list of bad rows, which can be read until then
+            raise FettleError(f"{error} (until this process ends; with a cache folder it stays)") from None
+        raise
     corpus = Corpus(sources, encoder, length, seed, packing)
     if cache is None:
         weakref.finalize(corpus, shutil.rmtree, folder, ignore_errors=True)
     return corpus
 
 
+def _temporary() -> Path:
+    """A folder that is gone when the process ends, whatever becomes of what is made in it."""
+    folder = Path(tempfile.mkdtemp(prefix="fettle-data-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _source(spec: DataSpec, encoder: Encoder, length: int, cache: Path) -> Source:
     store = encoded(spec, encoder, cache)
-    texts = store.manifest["format"] == "text"
+    texts = store.manifest["format"] == "text" and encoder.form is None
+    if encoder.form is not None and encoder.form.longest is not None:
+        length = min(length, encoder.form.longest)
     units = windows(store, length) if texts else whole(store, length, spec.long)
     if len(units.dropped):
         name = cache / f"{store.folder.name}.over-{length}.jsonl"

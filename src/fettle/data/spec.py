@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from fettle.core.spec import Spec
 
-Format = Literal["auto", "alpaca", "sharegpt", "messages", "completion", "text", "template"]
+Format = Literal[
+    "auto", "alpaca", "sharegpt", "messages", "completion", "text", "template", "labelled", "tagged"
+]  # fmt: skip
 Learn = Literal["assistant", "last", "all"]
 Long = Literal["drop", "truncate", "error"]
 Documents = Literal["auto", "line", "block", "file"]

@@ -1,7 +1,8 @@
 """Encoded examples on disk: written once, then memory-mapped.
 
 A folder: tokens.bin (uint16 or int32, all examples end to end), and .npy arrays: offsets int64 [n + 1] into the tokens,
-spans int32 [m, 2] and span_weights float32 [m] of what is learned, span_offsets int64 [n + 1] into those, rows int64 [n]
+spans int32 [m, 2] and span_weights float32 [m] of what is learned, span_offsets int64 [n + 1] into those, splits int32 [n]
+(where an example's second part begins, -1), labels float32 [l], label_offsets int64 [n + 1] into those, rows int64 [n]
 (the line an example comes from), files int32 [n], parts int32 [n] (which example of its row), learned int64 [n];
 set_aside.jsonl (the bad rows), and a manifest with counts and hashes.
 """
@@ -19,9 +20,11 @@ import orjson
 from fettle.core.batch import Node
 from fettle.core.errors import FettleError
 from fettle.core.files import MANIFEST, new_folder, verify, write_json
-from fettle.data.template import Encoded, weights_of
+from fettle.data.template import Encoded, Span, weights_of
 
-ARRAYS = ("offsets", "spans", "span_weights", "span_offsets", "rows", "files", "parts", "learned")
+ARRAYS = (
+    "offsets", "spans", "span_weights", "span_offsets", "splits", "labels", "label_offsets", "rows", "files", "parts", "learned",
+)  # fmt: skip
 ASIDE = "set_aside.jsonl"
 
 
@@ -36,6 +39,7 @@ class Writer:
         self.names: dict[str, int] = {}
         self.offsets, self.span_offsets = array("q", [0]), array("q", [0])
         self.spans, self.weights = array("i"), array("f")
+        self.splits, self.labels, self.label_offsets = array("i"), array("f"), array("q", [0])
         self.rows, self.files, self.parts, self.learned = array("q"), array("i"), array("i"), array("q")
 
     def add(self, where: str, examples: list[Encoded]) -> None:
@@ -45,13 +49,14 @@ class Writer:
         for part, example in enumerate(examples):
             self.tokens.write(example.tokens.astype(self.dtype).tobytes())
             self.offsets.append(self.offsets[-1] + len(example.tokens))
-            learned = 0
             for start, stop, weight in example.spans:
                 self.spans.extend((start, stop))
                 self.weights.append(weight)
-                learned += stop - max(start, 1)
             self.span_offsets.append(len(self.weights))
-            self.learned.append(learned)
+            self.splits.append(example.split)
+            self.labels.extend(example.labels)
+            self.label_offsets.append(len(self.labels))
+            self.learned.append(example.learned)
             self.rows.append(int(line))
             self.files.append(number)
             self.parts.append(part if len(examples) > 1 else -1)
@@ -71,6 +76,7 @@ class Writer:
         self.stop()
         columns: dict[str, array[Any]] = {
             "offsets": self.offsets, "spans": self.spans, "span_weights": self.weights, "span_offsets": self.span_offsets,
+            "splits": self.splits, "labels": self.labels, "label_offsets": self.label_offsets,
             "rows": self.rows, "files": self.files, "parts": self.parts, "learned": self.learned,
         }  # fmt: skip
         for name in ARRAYS:
@@ -92,6 +98,9 @@ class Store:
     spans: np.ndarray
     span_weights: np.ndarray
     span_offsets: np.ndarray
+    splits: np.ndarray
+    labels: np.ndarray
+    label_offsets: np.ndarray
     rows: np.ndarray
     files: np.ndarray
     parts: np.ndarray
@@ -112,17 +121,33 @@ class Store:
             f"#{part + 1}" if part >= 0 else ""
         )
 
+    def tokens_of(self, index: int, stop: int | None = None) -> np.ndarray:
+        """int32: an example's tokens, up to `stop`; a copy."""
+        begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        return self.tokens[begin : end if stop is None else min(begin + stop, end)].astype(np.int32)
+
+    def spans_of(self, index: int) -> list[Span]:
+        """What is learned of an example: (start, stop, weight)."""
+        first, last = int(self.span_offsets[index]), int(self.span_offsets[index + 1])
+        found = zip(self.spans[first:last], self.span_weights[first:last], strict=True)
+        return [(int(a), int(b), float(w)) for (a, b), w in found]
+
+    def encoded(self, index: int) -> Encoded:
+        """An example as it was written."""
+        labels = self.labels[int(self.label_offsets[index]) : int(self.label_offsets[index + 1])]
+        return Encoded(
+            self.tokens_of(index),
+            tuple(self.spans_of(index)),
+            split=int(self.splits[index]),
+            labels=tuple(labels.tolist()),
+        )
+
     def node(self, index: int, start: int = 0, stop: int | None = None) -> Node:
         """Tokens [start, stop) of an example, with their weights; the first is not learned."""
-        begin = int(self.offsets[index])
-        size = int(self.offsets[index + 1]) - begin
-        stop = size if stop is None else min(stop, size)
-        tokens = self.tokens[begin + start : begin + stop].astype(np.int32)
-        first, last = int(self.span_offsets[index]), int(self.span_offsets[index + 1])
+        tokens = self.tokens_of(index, stop)[start:]
+        stop = start + len(tokens)
         spans = [
-            (max(int(a) - start, 0), min(int(b), stop) - start, float(w))
-            for (a, b), w in zip(self.spans[first:last], self.span_weights[first:last], strict=True)
-            if a < stop and b > start
+            (max(a - start, 0), min(b, stop) - start, w) for a, b, w in self.spans_of(index) if a < stop and b > start
         ]
         return Node(tokens, weights_of(len(tokens), spans))
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,17 +24,31 @@ from fettle.data.render import Job, Rendering, worker
 from fettle.data.templates import Template, chat_template, marks
 from fettle.data.tools import spelled_out
 
+if TYPE_CHECKING:
+    from fettle.data.forms import Form
+
 NOW = "2025-01-01T12:00:00"  # the date in templates that print one: training data must not depend on the day
 Span = tuple[int, int, float]  # start, stop, weight
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example and the spans [start, stop) of them that are learned, each with its weight."""
+    """Token ids of one example and the spans [start, stop) of them that are learned, each with its weight.
+
+    `split` is where a second part begins (a target, a second text), -1 where there is none; `labels` are those of the
+    text (one span) or of its words (a span each).
+    """
 
     tokens: np.ndarray  # int32 [n]
     spans: tuple[Span, ...]
     name: str = ""  # '' for a row's only example, '#2' for what belongs to its second
+    split: int = -1
+    labels: tuple[float, ...] = ()
+
+    @property
+    def learned(self) -> int:
+        """How many targets it has: tokens, or spans with a label."""
+        return len(self.spans) if self.labels else sum(stop - max(start, 1) for start, stop, _ in self.spans)
 
     @property
     def node(self) -> Node:
@@ -64,7 +78,9 @@ class _Text:
 class Encoder:
     """Encodes samples with one tokenizer. `learn` is 'assistant', 'last' or 'all'."""
 
-    def __init__(self, tokenizer: Any, learn: str = "assistant", now: str | None = NOW) -> None:
+    def __init__(
+        self, tokenizer: Any, learn: str = "assistant", now: str | None = NOW, form: Form | None = None
+    ) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise FettleError(
@@ -72,7 +88,7 @@ class Encoder:
             )
         from tokenizers import Tokenizer
 
-        self.tokenizer, self.learn, self.now = tokenizer, learn, now
+        self.tokenizer, self.learn, self.now, self.form = tokenizer, learn, now, form
         description = backend.to_str()
         self.fast = Tokenizer.from_str(description)  # a copy: whatever padding or truncation is set must not apply
         self.fast.no_padding()
@@ -101,7 +117,8 @@ class Encoder:
             template = [self.template.name, self.template.text, self.template.tools_text]
         except FettleError:  # no template, and no default fits: no conversation can be encoded either
             template = []
-        return [self.hash, self.special, self.prefix, self.eos, self.learn, self.now, template]
+        form = [self.form.identity()] if self.form is not None else []
+        return [self.hash, self.special, self.prefix, self.eos, self.learn, self.now, template, *form]
 
     def control_tokens(self) -> re.Pattern[str] | None:
         """What finds a control token of the tokenizer in a text."""
@@ -119,6 +136,8 @@ class Encoder:
 
     def encode(self, samples: Sequence[Sample]) -> list[list[Encoded] | str]:
         """Each sample's examples (more than one only where the template rewrites history), or why there are none."""
+        if self.form is not None:
+            return self.form.encode(self, samples)
         out: list[list[Encoded] | str] = [[] for _ in samples]
         texts: list[_Text] = []
         chats = [i for i, sample in enumerate(samples) if sample.kind == "chat"]
@@ -141,13 +160,21 @@ class Encoder:
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), prompt: bool = True
     ) -> str:
         """A conversation as text, by default up to where the model begins to answer; FettleError where the template fails."""
-        text = self.template.of(bool(tools))
-        turns, left = spelled_out(messages, tools, text)
-        job = Job(text, {"messages": turns, "tools": left or None, "add_generation_prompt": prompt})
-        (found,) = worker(self.now).render([job], self._shared())
+        (found,) = self.renders([(messages, tools)], prompt)
         if found.error:
             raise FettleError(f"the chat template '{self.template.name}': {found.error}")
         return found.text
+
+    def renders(
+        self, talks: Sequence[tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]], prompt: bool = True
+    ) -> list[Rendering]:
+        """Many conversations, each with its tools, as texts or reasons why there is none."""
+        jobs = []
+        for messages, tools in talks:
+            text = self.template.of(bool(tools))
+            turns, left = spelled_out(messages, tools, text)
+            jobs.append(Job(text, {"messages": turns, "tools": left or None, "add_generation_prompt": prompt}))
+        return worker(self.now).render(jobs, self._shared())
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a rendered text, with nothing put before or after it."""

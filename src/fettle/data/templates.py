@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fettle.core.errors import FettleError
+from fettle.models.encdec import JOIN
 
 _TOOLS = """\
 {%- if tools %}
@@ -97,7 +98,7 @@ GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and where it comes from: 'tokenizer', 'chatml' or 'plain'."""
+    """A chat template and where it comes from: 'tokenizer', 'chatml', 'plain', or 'join' (encoder-decoders)."""
 
     name: str
     text: str
@@ -120,6 +121,8 @@ def chat_template(tokenizer: Any) -> Template:
     token is asked for that the model does not know.
     """
     own = getattr(tokenizer, "chat_template", None)
+    if own == JOIN:
+        return Template("join", own)
     if isinstance(own, dict):
         if "default" not in own:
             raise FettleError(

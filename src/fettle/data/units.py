@@ -59,5 +59,4 @@ def whole(store: Store, length: int, policy: str) -> Units:
 
 def _learns(store: Store, index: int, stop: int) -> bool:
     """Whether anything is learned in the first `stop` tokens."""
-    first, last = store.span_offsets[index : index + 2]
-    return bool(np.any(store.spans[first:last, 0] < stop))
+    return any(start < stop for start, _, _ in store.spans_of(index))

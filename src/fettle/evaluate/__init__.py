@@ -1,6 +1,8 @@
 """Scores: tasks by generation and likelihood, perplexity, intervals, comparisons."""
 
 from fettle.core.spec import one_of
+from fettle.evaluate.labels import Labels as Labels
+from fettle.evaluate.labels import Tags as Tags
 from fettle.evaluate.perplexity import Perplexity as Perplexity
 from fettle.evaluate.results import Results as Results
 from fettle.evaluate.results import compare as compare

@@ -1,17 +1,26 @@
-"""Bootstrap intervals (Efron 1979): what the score might have been with other examples of the same kind.
+"""Intervals: what a score might have been with other examples of the same kind.
 
-Percentile intervals over 10,000 resamples, seeded, by example.
+Percentile bootstrap (Efron 1979) over 10,000 resamples, seeded, by example. Where all examples score the same, every
+resample is the sample and that interval has no width, however few the examples; for values known to lie within [a, b] it is
+
+    [c - u (c - a), c + u (b - c)],   u = z^2 / (n + z^2)
+
+c the common value, n examples, z the normal quantile: a share of at most u of the population may score otherwise, anything
+within the bounds. For scores of 0 or 1 that is the score interval of Wilson 1927 (Probable inference, the law of succession,
+and statistical inference; JASA 22) for 0 of n and n of n, recommended for small n by Brown, Cai & DasGupta 2001.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 RESAMPLES = 10_000
 CELLS = 4_000_000  # numbers held at a time
+SCORES, CHANGES = (0.0, 1.0), (-1.0, 1.0)  # the bounds of a task's score, and of the difference of two
 
 
 @dataclass(frozen=True)
@@ -27,10 +36,28 @@ class Score:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def mean_interval(values: Sequence[float], seed: int = 0, level: float = 0.95, resamples: int = RESAMPLES) -> Score:
-    """The mean of `values` and its interval. Differences of pairs make it a paired interval."""
+def mean_interval(
+    values: Sequence[float],
+    seed: int = 0,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    bounds: tuple[float, float] | None = None,
+) -> Score:
+    """The mean of `values` and its interval. Differences of pairs make it a paired interval.
+
+    `bounds` are those of one value, where it has any; without them values that are all the same give no width.
+    """
     array = np.asarray(values, dtype=np.float64)
+    if bounds is not None and len(array) and (array == array[0]).all():
+        return constant_interval(float(array[0]), len(array), bounds, level)
     return ratio_interval(array, np.ones_like(array), seed, level, resamples)
+
+
+def constant_interval(value: float, n: int, bounds: tuple[float, float], level: float = 0.95) -> Score:
+    """The interval of a mean where all `n` examples have the same value, within `bounds`."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    other = z**2 / (n + z**2)
+    return Score(value, value - other * (value - bounds[0]), value + other * (bounds[1] - value), n)
 
 
 def ratio_interval(

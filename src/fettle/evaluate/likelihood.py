@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fettle.core import FettleError
 from fettle.core.batch import IGNORE, Batch, Example, Node, pack
-from fettle.generate.sample import context_length
+from fettle.data.pairs import Dress, Pairs
+from fettle.models.encdec import start_token
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -76,6 +77,18 @@ def tree(asked: Question, name: str) -> Example:
     return Example(tuple(nodes), name)
 
 
+def pair_tree(asked: Question, name: str, source: Dress, target: Dress, start: int) -> Example:
+    """For an encoder-decoder: the prompt as its source, and a child for each path, behind the decoder's start token."""
+    read = source.on(asked.prompt)
+    nodes = [Node(np.array(read, np.int32), np.zeros(len(read), np.float32), causal=False)]
+    for path, scored in zip(asked.paths, asked.scored, strict=True):
+        written = [start, *target.before, *path]
+        weights = np.zeros(len(written), np.float32)
+        weights[-scored:] = 1
+        nodes.append(Node(np.array(written, np.int32), weights, parent=0))
+    return Example(tuple(nodes), name)
+
+
 def likelihoods(
     forest: Forest, questions: Sequence[Question], progress: Callable[[int], None] | None = None, *, top: bool = False
 ) -> list[list[tuple[float, bool]]]:
@@ -83,7 +96,7 @@ def likelihoods(
 
     The second is computed only where `top` is asked for, and False elsewhere. FettleError names a question over the context.
     """
-    bound = context_length(forest.config)
+    bound = forest.context
     for asked in questions:
         size = len(asked.prompt) + max(map(len, asked.paths))
         if bound and size > bound:
@@ -107,7 +120,11 @@ def likelihoods(
 
 
 def _batches(forest: Forest, questions: Sequence[Question]) -> Iterator[tuple[int, Batch]]:
-    trees = [tree(asked, str(i)) for i, asked in enumerate(questions)]
+    if forest.config.is_encoder_decoder:
+        dress, start = Pairs.of(forest.tokenizer, None), start_token(forest.model)
+        trees = [pair_tree(asked, str(i), dress.source, dress.target, start) for i, asked in enumerate(questions)]
+    else:
+        trees = [tree(asked, str(i)) for i, asked in enumerate(questions)]
     length = max(ROW, -(-max(map(len, trees), default=1) // 64) * 64)
     pad = forest.tokenizer.pad_token_id or 0
     group: list[Example] = []

@@ -14,7 +14,7 @@ from fettle.core import FettleError
 from fettle.evaluate.likelihood import from_tokens, likelihoods
 from fettle.evaluate.perplexity import Window, window_losses, windows
 from fettle.generate.prompts import prompter
-from fettle.generate.sample import Sampling, context_length, generate
+from fettle.generate.sample import Sampling, generate
 from fettle.generate.text import cut_at
 
 try:
@@ -33,7 +33,7 @@ class ForestLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.forest, self.tokenizer, self.max_tokens = forest, forest.tokenizer, max_tokens
         self.prompter = prompter(forest.tokenizer)
-        self.bound = context_length(forest.config) or 2048
+        self.bound = forest.context or 2048
 
     @property
     def eot_token_id(self) -> int:

@@ -22,7 +22,6 @@ from fettle.core import FettleError
 from fettle.core.batch import Example, Node, pack
 from fettle.evaluate.interval import Score, ratio_interval
 from fettle.evaluate.tasks import Evaluation, sampled
-from fettle.generate.sample import context_length
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -120,7 +119,7 @@ def perplexity(
     forest: Forest, spec: Perplexity, progress: Callable[..., None] | None = None
 ) -> tuple[Score, dict[str, Any]]:
     """(perplexity with its interval over windows, what was measured and how)."""
-    bound = context_length(forest.config)
+    bound = forest.context
     context = spec.context or min(bound or DEFAULT, DEFAULT)
     if bound and context > bound:
         raise FettleError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fettle.core import FettleError
 from fettle.core.files import read_json, write_json
-from fettle.evaluate.interval import Score, mean_interval
+from fettle.evaluate.interval import CHANGES, SCORES, Score, mean_interval
 from fettle.evaluate.tasks import Item
 
 RESULTS = "results.json"
@@ -61,13 +61,13 @@ class Result:
     ) -> Result:
         """Scores with intervals: over all rows, by metric, by family, by cluster."""
         seed = int(settings.get("seed", 0))
-        scores = {"score": mean_interval([r.score for r in rows], seed)}
+        scores = {"score": _score([r.score for r in rows], seed)}
         for metric in sorted({r.metric for r in rows}):
-            scores["acc" if metric == "choice" else metric] = mean_interval(
+            scores["acc" if metric == "choice" else metric] = _score(
                 [r.score for r in rows if r.metric == metric], seed
             )
         if fair := [r.fair for r in rows if r.fair is not None]:
-            scores["acc_norm"] = mean_interval(fair, seed)
+            scores["acc_norm"] = _score(fair, seed)
         return cls(
             name, "task", sha256, settings, scores, _grouped(rows, "family", seed), _grouped(rows, "cluster", seed), about, tuple(rows)
         )  # fmt: skip
@@ -80,7 +80,11 @@ class Result:
 
 def _grouped(rows: Sequence[Row], key: str, seed: int) -> dict[str, Score]:
     names = sorted({getattr(r, key) for r in rows} - {""})
-    return {name: mean_interval([r.score for r in rows if getattr(r, key) == name], seed) for name in names}
+    return {name: _score([r.score for r in rows if getattr(r, key) == name], seed) for name in names}
+
+
+def _score(values: Sequence[float], seed: int) -> Score:
+    return mean_interval(values, seed, bounds=SCORES)
 
 
 @dataclass(frozen=True)
@@ -138,14 +142,22 @@ def _cells(score: Score) -> tuple[str, str, str]:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """b - a on the same rows, with a paired interval; `notes` tells which settings differ."""
+class Change:
+    """The means of a and b over the same rows, and b - a with a paired interval."""
 
-    name: str
     a: float
     b: float
     change: Score
-    families: dict[str, Score]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What changed in one evaluation, in all and by group; `notes` tells which settings differ."""
+
+    name: str
+    total: Change
+    families: dict[str, Change]
+    clusters: dict[str, Change]
     notes: tuple[str, ...]
 
 
@@ -173,14 +185,19 @@ def _difference(x: Result, y: Result, seed: int) -> Difference:
     both = [(row, line[at]) for row in x.rows if (at := row.where.rpartition(":")[2]) in line]
     if not both:
         raise FettleError(f"{x.name}: the two runs took different rows; use the same limit and seed")
-    changes = [q.score - p.score for p, q in both]
-    families = {
-        name: mean_interval([c for c, (p, _) in zip(changes, both, strict=True) if p.family == name], seed)
-        for name in sorted({p.family for p, _ in both} - {""})
-    }
-    n = len(both)
-    before, after = sum(p.score for p, _ in both) / n, sum(q.score for _, q in both) / n
-    return Difference(x.name, before, after, mean_interval(changes, seed), families, _notes(x, y, n))
+    families, clusters = (_changes(both, key, seed) for key in ("family", "cluster"))
+    return Difference(x.name, _change(both, seed), families, clusters, _notes(x, y, len(both)))
+
+
+def _changes(pairs: Sequence[tuple[Row, Row]], key: str, seed: int) -> dict[str, Change]:
+    names = sorted({getattr(p, key) for p, _ in pairs} - {""})
+    return {name: _change([pair for pair in pairs if getattr(pair[0], key) == name], seed) for name in names}
+
+
+def _change(pairs: Sequence[tuple[Row, Row]], seed: int) -> Change:
+    n = len(pairs)
+    before, after = sum(p.score for p, _ in pairs) / n, sum(q.score for _, q in pairs) / n
+    return Change(before, after, mean_interval([q.score - p.score for p, q in pairs], seed, bounds=CHANGES))
 
 
 def _notes(x: Result, y: Result, shared: int) -> tuple[str, ...]:
@@ -195,33 +212,46 @@ def _notes(x: Result, y: Result, shared: int) -> tuple[str, ...]:
     return (*notes, *(f"{key} differs: {left.get(key)} and {right.get(key)}" for key in differ))
 
 
-def difference_table(differences: Sequence[Difference]) -> Table:
-    """Differences as a table for the terminal."""
+def difference_table(differences: Sequence[Difference], titles: Mapping[str, str] | None = None) -> Table:
+    """Differences for the terminal: a total each, then its clusters, or its families where there are no clusters.
+
+    `titles` name evaluations otherwise than by their file.
+    """
     table = Table()
     for head in ("evaluation", "before", "after", "change", "95% interval", "n"):
         table.add_column(head, justify="left" if head == "evaluation" else "right")
     for d in differences:
-        table.add_row(d.name, f"{d.a:.3f}", f"{d.b:.3f}", f"{d.change.mean:+.3f}", _range(d.change), str(d.change.n))
-        for name, change in d.families.items():
-            table.add_row(f"  {name}", "", "", f"{change.mean:+.3f}", _range(change), str(change.n))
+        table.add_row((titles or {}).get(d.name, d.name), *_cells_of(d.total), style="bold")
+        for name, change in (d.clusters or d.families).items():
+            table.add_row(f"  {name}", *_cells_of(change))
         for note in d.notes:
             table.add_row(f"  ! {note}")
+        table.add_section()
     return table
 
 
-def _range(score: Score) -> str:
-    return f"{score.low:+.3f} to {score.high:+.3f}"
+def _cells_of(c: Change) -> tuple[str, ...]:
+    low, high = c.change.low, c.change.high
+    return f"{c.a:.3f}", f"{c.b:.3f}", f"{c.change.mean:+.3f}", f"{low:+.3f} to {high:+.3f}", str(c.change.n)
 
 
-def draw(models: dict[str, Results], file: Path) -> None:
-    """Bars with intervals by family, one colour a model: the picture of before and after. Perplexities have no bars."""
-    from fettle.evaluate.picture import bars
+def draw(models: dict[str, Results], file: Path, titles: Mapping[str, str] | None = None) -> None:
+    """Bars with intervals, one colour a model: the picture of before and after. Perplexities have no bars.
 
-    groups: dict[str, dict[str, Score]] = {}
-    for name, results in models.items():
+    Each evaluation has its total, then its clusters, or its families where it has no clusters.
+    """
+    from fettle.evaluate.picture import Group, bars
+
+    found: dict[tuple[str, str], dict[str, Score]] = {}  # by evaluation, and group in it; '' for the total
+    for model, results in models.items():
         for result in results.results:
             if result.kind == "task":
-                for label, score in {result.name: result.main[1], **result.families}.items():
-                    groups.setdefault(label, {})[name] = score
-    if groups:
+                for label, score in {"": result.main[1], **(result.clusters or result.families)}.items():
+                    found.setdefault((result.name, label), {})[model] = score
+    order = list(dict.fromkeys(name for name, _ in found))
+    if found:
+        groups = [
+            Group(label or (titles or {}).get(name, name), scores, total=not label)
+            for (name, label), scores in sorted(found.items(), key=lambda item: order.index(item[0][0]))
+        ]
         bars(groups, list(models), file)

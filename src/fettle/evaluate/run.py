@@ -11,12 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fettle.core import FettleError
 from fettle.core.files import sha256
-from fettle.evaluate.likelihood import Question, likelihoods, question
+from fettle.evaluate.labels import Labels, Tags, columns_of, score_tags, score_texts
+from fettle.evaluate.likelihood import Question, from_tokens, likelihoods, question
 from fettle.evaluate.perplexity import Perplexity, perplexity
 from fettle.evaluate.results import Result, Results, Row
 from fettle.evaluate.tasks import Evaluation, Item, TaskFile
 from fettle.generate.prompts import Prompter, prompter
-from fettle.generate.sample import Sampling, context_length, generate
+from fettle.generate.sample import Sampling, generate
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -66,6 +67,10 @@ def _one(forest: Forest, spec: Evaluation, advance: Callable[..., None]) -> Resu
             )  # fmt: skip
         case TaskFile():
             return run_tasks(forest, spec, advance)
+        case Labels():
+            return score_texts(forest, spec, advance)
+        case Tags():
+            return score_tags(forest, spec, advance)
     raise FettleError(f"{spec.path}: no way to run an evaluation of kind {type(spec).__name__}")
 
 
@@ -115,7 +120,7 @@ def _generated(
 ) -> list[tuple[int, Row]]:  # fmt: skip
     index = [i for i, item in enumerate(items) if not item.choices]
     prompts = [_encoder(items[i], render)(prompt_text(items[i], shown[i], render)) for i in index]
-    bound = context_length(forest.config)
+    bound = forest.context
     for i, prompt in zip(index, prompts, strict=True):
         if bound and len(prompt) >= bound:
             raise FettleError(
@@ -140,7 +145,13 @@ def _chosen(
     asked: list[Question] = []
     for i in index:
         text = prompt_text(items[i], shown[i], render)
-        asked.append(question(_encoder(items[i], render), text, items[i].choices, items[i].where))
+        encode = _encoder(items[i], render)
+        if forest.config.is_encoder_decoder:  # the prompt is read, the choice is written: no token is of both
+            source = encode(text)
+            pairs = [(source, render.encoder.ids(choice)) for choice in items[i].choices]
+            asked.append(from_tokens(pairs, items[i].where))
+        else:
+            asked.append(question(encode, text, items[i].choices, items[i].where))
     rows = []
     for i, q, found in zip(index, asked, likelihoods(forest, asked, advance), strict=True):
         item, logps = items[i], [logp for logp, _ in found]
@@ -152,7 +163,8 @@ def _chosen(
 
 
 def find(paths: Sequence[str], *, seed: int = 0, shots: int = 0, limit: int | None = None) -> list[Evaluation]:
-    """What `fettle eval` runs: task files (*.jsonl) and texts for perplexity (*.txt), given singly or as folders of them."""
+    """What `fettle eval` runs: task files (*.jsonl), labelled texts or words (*.jsonl, by their columns) and texts for
+    perplexity (*.txt), given singly or as folders of them."""
     found: list[Evaluation] = []
     for name in paths:
         path = Path(name)
@@ -162,6 +174,8 @@ def find(paths: Sequence[str], *, seed: int = 0, shots: int = 0, limit: int | No
         for file in files:
             if file.suffix == ".txt":
                 found.append(Perplexity(path=str(file), seed=seed))
+            elif kind := columns_of(file):
+                found.append(kind(path=str(file), seed=seed, limit=limit))
             else:
                 found.append(TaskFile(path=str(file), seed=seed, shots=shots, limit=limit))
     return found

@@ -42,7 +42,7 @@ def merged(forest: Forest, edits: Sequence[Edit]) -> nn.Module:
 def save_tokenizer(forest: Forest, folder: Path) -> None:
     """The tokenizer, with the chat template that training used even where it was fettle's default."""
     tokenizer = copy.deepcopy(forest.tokenizer)
-    if not tokenizer.chat_template:
+    if not tokenizer.chat_template and forest.task == "causal":
         try:
             tokenizer.chat_template = prompter(forest.tokenizer).encoder.template.text
         except FettleError:  # a model for plain text, with which there is no conversation
@@ -50,8 +50,13 @@ def save_tokenizer(forest: Forest, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_manifest(folder: Path, form: str, forest: Forest, edits: Sequence[Edit], parity: Parity) -> None:
-    """What was exported, from what, and how exactly; the hashes of the files are added on sealing."""
+def write_manifest(
+    folder: Path, form: str, forest: Forest, edits: Sequence[Edit], parity: Parity, costs: dict[str, Any] | None = None
+) -> None:
+    """What was exported, from what, and how exactly; the hashes of the files are added on sealing.
+
+    `costs`: what quantizing the export again would cost, where the base was quantized.
+    """
     spec = forest.spec
     base: dict[str, Any] = {"path": spec.path, "revision": spec.revision}
     if spec.config is None:
@@ -60,4 +65,6 @@ def write_manifest(folder: Path, form: str, forest: Forest, edits: Sequence[Edit
         "kind": "export", "format": form, "base": base, "fettle": fettle.__version__,
         "edits": [e.model_dump(mode="json") for e in edits], "parity": facts(parity),
     }  # fmt: skip
+    if costs:
+        manifest["requantizing"] = costs
     write_json(folder / MANIFEST, manifest)

@@ -10,6 +10,8 @@ from fettle.core.families import Edit
 from fettle.core.files import new_folder
 from fettle.export.common import merged, save_tokenizer, write_manifest
 from fettle.export.parity import Parity, check, measure, plain_logits
+from fettle.models.tasks import auto_class
+from fettle.quantize.linear import requantizing
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -20,17 +22,21 @@ def export_hf(forest: Forest, edits: Sequence[Edit], folder: Path) -> Parity:
 
     Its generation config lists every token that ends an answer.
     """
-    from transformers import AutoModelForCausalLM
 
     reference = measure(forest)
     model = merged(forest, edits)
+    costs = requantizing(forest.model, model)
     with new_folder(folder) as aside:
         model.save_pretrained(aside)  # type: ignore[operator]
         save_tokenizer(forest, aside)
         del model
-        reloaded = AutoModelForCausalLM.from_pretrained(
-            aside, dtype="auto", local_files_only=True, trust_remote_code=forest.spec.trust_remote_code
-        ).to(forest.device)
+        reloaded = (
+            auto_class(forest.spec.model_copy(update={"task": forest.task}), forest.config)
+            .from_pretrained(
+                aside, dtype="auto", local_files_only=True, trust_remote_code=forest.spec.trust_remote_code
+            )
+            .to(forest.device)
+        )
         parity = check(reference, lambda rows: plain_logits(reloaded, rows), str(folder), "transformers")
-        write_manifest(aside, "hf", forest, edits, parity)
+        write_manifest(aside, "hf", forest, edits, parity, costs)
     return parity

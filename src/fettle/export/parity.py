@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fettle.core import FettleError
 from fettle.core.batch import Example, Node, pack
-from fettle.generate.sample import context_length
+from fettle.models.encdec import start_token
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -65,17 +65,19 @@ class Reference:
         return max(FLOOR[self.dtype] * max(1.0, self.adapted.abs().max().item()), TIMES * self.rounding)
 
 
-def probes(vocabulary: int, bound: int | None) -> tuple[tuple[int, ...], ...]:
-    """Fixed token sequences: the same for the same vocabulary size."""
+def probes(vocabulary: int, bound: int | None, shunned: int | None = None) -> tuple[tuple[int, ...], ...]:
+    """Fixed token sequences: the same for the same vocabulary size, but for a token to avoid."""
     length = min(LENGTH, bound or LENGTH)
     drawn = np.random.default_rng(SEED).integers(0, vocabulary, size=(SEQUENCES, length))
+    if shunned is not None:
+        drawn[drawn == shunned] = (shunned + 1) % vocabulary
     return tuple(tuple(map(int, row)) for row in drawn)
 
 
 def measure(forest: Forest) -> Reference:
     """The reference of a model with its edits applied; the model is left as it was."""
     model: Any = forest.model
-    rows = probes(model.get_input_embeddings().weight.shape[0], context_length(forest.config))
+    rows = probes(model.get_input_embeddings().weight.shape[0], forest.context, _shunned(forest))
     modules = [m for m in forest.model.modules() if isinstance(getattr(m, "enabled", None), bool)]
     adapted = _forest_logits(forest, rows)
     narrow = plain_logits(model, rows)
@@ -116,27 +118,50 @@ def _switched_off(modules: list[nn.Module]) -> Iterator[None]:
 
 @torch.no_grad()
 def _forest_logits(forest: Forest, rows: tuple[tuple[int, ...], ...]) -> Tensor:
-    nodes = [Node(np.array(row, np.int32), np.zeros(len(row), np.float32)) for row in rows]
-    total = sum(map(len, rows))
-    batch = pack([Example((node,), f"probe {i}") for i, node in enumerate(nodes)], total, 0).to(forest.device)
+    examples = [Example(_nodes(forest, np.array(row, np.int32)), f"probe {i}") for i, row in enumerate(rows)]
+    batch = pack(examples, sum(map(len, examples)), 0).to(forest.device)
     was_training = forest.model.training
     forest.model.eval()
     try:
-        return forest.logits(batch, torch.arange(total, device=forest.device)).float().cpu()
+        if forest.task != "causal":
+            return forest.scores(batch).float().cpu()
+        last = [s for i, s in enumerate(batch.segments) if all(other.parent != i for other in batch.segments)]
+        return forest.logits(batch, torch.cat([torch.arange(s.start, s.stop) for s in last])).float().cpu()
     finally:
         forest.model.train(was_training)
 
 
+def _nodes(forest: Forest, row: np.ndarray) -> tuple[Node, ...]:
+    """A probe as the model's own data is: a text; one whose words all have a mark; or a source and the same as its target."""
+    blank = np.zeros(len(row), np.float32)
+    if forest.config.is_encoder_decoder:
+        target = np.concatenate([[start_token(forest.model)], row])
+        return Node(row, blank, causal=False), Node(target, np.zeros(len(target), np.float32), parent=0)
+    if forest.task == "tag":
+        return (Node(row, blank + 1, causal=not forest.sees_ahead, marks=np.zeros(len(row), np.int64)),)
+    return (Node(row, blank, causal=not forest.sees_ahead),)
+
+
+def _shunned(forest: Forest) -> int | None:
+    """The padding's id, where transformers looks for it in a text: a classifier's last token, RoBERTa's positions."""
+    plain = forest.task == "causal" and not forest.config.is_encoder_decoder
+    return None if plain else forest.config.get_text_config().pad_token_id
+
+
 @torch.no_grad()
 def plain_logits(model: nn.Module, rows: tuple[tuple[int, ...], ...]) -> Tensor:
-    """Logits [N, V], float32, of any transformers (or peft) model on the probes."""
+    """Logits [N, V], float32, of any transformers (or peft) model on the probes; of a classifier its scores [texts, labels]."""
     was_training = model.training
     model.eval()
     try:
-        logits: Tensor = model(input_ids=torch.tensor(rows, device=next(model.parameters()).device)).logits
+        ids = torch.tensor(rows, device=next(model.parameters()).device)
+        given = {"input_ids": ids}
+        if getattr(model.config, "is_encoder_decoder", False):
+            given["decoder_input_ids"] = torch.cat([ids.new_full((len(ids), 1), start_token(model)), ids], 1)
+        logits: Tensor = model(**given).logits
     finally:
         model.train(was_training)
-    return logits.flatten(0, 1).float().cpu()
+    return logits.reshape(-1, logits.shape[-1]).float().cpu()
 
 
 def check(reference: Reference, reread: Callable[[tuple[tuple[int, ...], ...]], Tensor], what: str, by: str) -> Parity:
@@ -170,9 +195,11 @@ def check(reference: Reference, reread: Callable[[tuple[tuple[int, ...], ...]], 
 def _kept(reference: Reference, found: Tensor) -> float | None:
     if reference.base is None:
         return None
-    effect, arrived = (reference.wide - reference.base).double(), (found - reference.base).double()
+    base = reference.base
+    wide, found = (logits[:, : base.shape[1]] for logits in (reference.wide, found))  # a vocabulary may have grown
+    effect, arrived = (wide - base).double(), (found - base).double()
     power = effect.square().sum().item()
-    noise = (found - reference.wide).double().square().sum().item()
+    noise = (found - wide).double().square().sum().item()
     if power == 0 or noise > HEARD**2 * power:
         return None
     return (effect * arrived).sum().item() / power

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fettle.core import FettleError
+from fettle.generate.memory import Memory
 from fettle.generate.prompts import prompter
-from fettle.generate.sample import Sampling, context_length, stream
+from fettle.generate.sample import Sampling, stream
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -32,6 +33,7 @@ class Talk:
     name: str
     sampling: Sampling
     messages: list[dict[str, str]] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
 
     def answer(self, text: str) -> Iterator[str]:
         """Say something; yields the answer piece by piece and remembers it. FettleError where it does not fit."""
@@ -41,7 +43,7 @@ class Talk:
             prompt, left_out = self._prompt()
             if left_out:
                 yield f"[the {left_out} oldest turns no longer fit and are left out] "
-            for piece in stream(self.forest, prompt, self.sampling):
+            for piece in stream(self.forest, prompt, self.sampling, self.memory):
                 said += piece
                 yield piece
         finally:
@@ -52,7 +54,7 @@ class Talk:
 
     def _prompt(self) -> tuple[list[int], int]:
         """The conversation's tokens, without as many of the oldest exchanges as the context asks for, and how many turns those are."""
-        bound = context_length(self.forest.config)
+        bound = self.forest.context
         start = 1 if self.messages[0]["role"] == "system" else 0
         head, rest, left_out = self.messages[:start], self.messages[start:], 0
         while True:

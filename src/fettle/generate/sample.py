@@ -20,8 +20,11 @@ from pydantic import Field
 from torch import Tensor
 
 from fettle.core import FettleError, Spec
+from fettle.generate.encdec import PairCache, beginning
+from fettle.generate.memory import Memory
 from fettle.generate.prompts import prompter
 from fettle.generate.text import TextOut, cut_at
+from fettle.models.forest import context_length as context_length
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -58,15 +61,6 @@ class Completion:
     reason: Reason
 
 
-def context_length(config: Any) -> int | None:
-    """The most tokens a model can see, by its configuration; None where it states no bound."""
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        if isinstance(value := getattr(text, name, None), int) and value > 0:
-            return value
-    return None
-
-
 def end_tokens(forest: Forest) -> frozenset[int]:
     """Every token that ends an answer: of the generation config, the tokenizer, and the chat template's end of turn."""
     found: set[int] = set()
@@ -100,6 +94,8 @@ def generate(
     done: dict[int, Completion] = {}
     while order:
         size = max(1, batch_tokens // (len(prompts[order[0]]) + sampling.max_tokens))
+        if not forest.may_pad(len(prompts[order[0]]) + sampling.max_tokens):
+            size = min(size, sum(len(prompts[i]) == len(prompts[order[0]]) for i in order))
         group, order = order[:size], order[size:]
         numbers = [seeds[i] if seeds is not None else i for i in group]
         requests = [Request(i, list(prompts[i]), number) for i, number in zip(group, numbers, strict=True)]
@@ -111,12 +107,17 @@ def generate(
     return [done[i] for i in range(len(prompts))]
 
 
-def stream(forest: Forest, prompt: Sequence[int], sampling: Sampling | None = None) -> Iterator[str]:
-    """The answer to one prompt, piece by piece; never half a character, never a part of a stop text."""
+def stream(
+    forest: Forest, prompt: Sequence[int], sampling: Sampling | None = None, memory: Memory | None = None
+) -> Iterator[str]:
+    """The answer to one prompt, piece by piece; never half a character, never a part of a stop text.
+
+    With a `memory` of the turns before, only what they did not hold is computed.
+    """
     sampling = sampling or Sampling()
     ends = end_tokens(forest)
     out = TextOut(forest.tokenizer, sampling.stop)
-    for request, token in run(forest, [Request(0, list(prompt), 0)], sampling, ends):
+    for request, token in run(forest, [Request(0, list(prompt), 0)], sampling, ends, memory):
         if token not in ends and (piece := out.push(token)):
             yield piece
         if request.reason and (rest := out.finish()):
@@ -136,19 +137,27 @@ class Request:
 
 
 def run(
-    forest: Forest, requests: Sequence[Request], sampling: Sampling, ends: frozenset[int]
+    forest: Forest, requests: Sequence[Request], sampling: Sampling, ends: frozenset[int], memory: Memory | None = None
 ) -> Iterator[tuple[Request, int]]:
-    """Advance all requests together, one token each a step; yields (request, its new token) and drops the ended ones."""
-    bound = context_length(forest.config)
+    """Advance all requests together, one token each a step; yields (request, its new token) and drops the ended ones.
+
+    A `memory` is for a single request.
+    """
+    bound = forest.context
+    if forest.task != "causal":
+        raise FettleError(f"{type(forest.model).__name__} gives labels and writes no text; score it with fettle eval")
     for request in requests:
         _check_prompt(forest, request, bound)
+    sources = [r.prompt for r in requests] if forest.config.is_encoder_decoder else []
+    for request in requests if sources else ():
+        request.prompt = beginning(forest)  # from here on, what stands before the answer in the decoder
     model = forest.model
     was_training = model.training
     model.eval()
     tails = {id(r): TextOut(forest.tokenizer, sampling.stop) for r in requests} if sampling.stop else {}
     draws = {id(r): _draws(sampling, r.seed) for r in requests}
     live = list(requests)
-    cache = Cache(forest, [r.prompt for r in live])
+    cache = PairCache(forest, sources) if sources else Cache(forest, [r.prompt for r in live], memory)
     try:
         while live:
             logits_BV = cache.next_logits()
@@ -165,12 +174,14 @@ def run(
                 cache.push(chosen, keep)
     finally:
         model.train(was_training)
+        if memory is not None and isinstance(cache, Cache) and cache.read is not None:
+            memory.keep(cache.past, cache.read)
 
 
 class Cache:
     """The model's key-value cache for B left-padded rows, of which some may leave."""
 
-    def __init__(self, forest: Forest, prompts: Sequence[Sequence[int]]):
+    def __init__(self, forest: Forest, prompts: Sequence[Sequence[int]], memory: Memory | None = None):
         from transformers import DynamicCache
 
         self.forest, self.model = forest, forest.model
@@ -182,7 +193,10 @@ class Cache:
         self.tokens = torch.tensor(rows, dtype=torch.long, device=device)
         self.mask = torch.tensor(mask, dtype=torch.long, device=device)
         self.ragged = min(map(len, prompts)) < longest
-        self.past = DynamicCache(config=self.model.config)
+        past, seen = memory.take(prompts[0]) if memory is not None else (None, 0)
+        self.past = DynamicCache(config=self.model.config) if past is None else past
+        self.tokens = self.tokens[:, seen:]
+        self.read = list(prompts[0][:seen]) if memory is not None else None  # what `past` holds; None: nobody can tell
         names = inspect.signature(self.model.forward).parameters
         self.takes_positions, self.takes_keep = "position_ids" in names, "logits_to_keep" in names
 
@@ -195,7 +209,10 @@ class Cache:
             given["position_ids"] = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -width:]
         if self.takes_keep:
             given["logits_to_keep"] = 1
+        read, self.read = self.read, None
         out = self.model(input_ids=self.tokens, past_key_values=self.past, use_cache=True, **given)
+        if read is not None:
+            self.read = [*read, *self.tokens[0].tolist()]
         return cast(Tensor, out.logits[:, -1])
 
     def push(self, chosen: Tensor, keep: list[int]) -> None:

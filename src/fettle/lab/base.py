@@ -9,11 +9,11 @@ import fettle
 from fettle.core.errors import FettleError
 from fettle.core.files import MANIFEST, new_folder, read_json, verify, write_bytes, write_json
 from fettle.lab.corpus import write_corpus
-from fettle.lab.recipes import recipe_file
 from fettle.lab.tokenizer import lab_tokenizer, save_tokenizer
 from fettle.lab.world import World
 from fettle.models.load import base_hash
 from fettle.stages import load_recipe, open_model, run
+from fettle.stages.recipes import recipe_file
 from fettle.train.log import read_metrics
 
 TINY = Path(fettle.__file__).parent / "lab" / "tiny"

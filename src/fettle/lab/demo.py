@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from fettle.core.files import write_json
 from fettle.evaluate import Results, TaskFile, compare, evaluate
 from fettle.evaluate.results import difference_table, draw
 from fettle.export import export
 from fettle.generate import Sampling, generate, prompter
-from fettle.lab.recipes import recipe_file
 from fettle.lab.write import write_lab
 from fettle.models.forest import Forest
 from fettle.stages import check, load_recipe, open_model, run
+from fettle.stages.recipes import recipe_file
 
+TITLES = {"trained.jsonl": "trained clusters", "heldout.jsonl": "held-out clusters"}
 EACH = 20  # items a family in the evaluations that are written; the demo scores some of them
 
 
@@ -43,13 +46,19 @@ def demo(data: str | None = None, short: bool = False, console: Console | None =
     answers({"base": base, "tuned": tuned}, lab / "tasks", console)
     console.rule("fettle export runs/quickstart --to hf")
     parity = export(tuned, edits, output / "merged", "hf")
-    console.print(f"{output / 'merged'}: {parity}")
+    console.print(
+        f"{output / 'merged'}: reads back with {parity.checked_with}; its logits differ from the adapter's by "
+        f"{parity.largest_difference:.2g} at most (allowed: {parity.tolerance:.2g})"
+    )
     next_steps(output, console)
     return artifact
 
 
 def before_and_after(base: Forest, tuned: Forest, tasks: Path, output: Path, each: int, console: Console) -> None:
-    """Score both models on trained and on held-out families, print the differences, draw them."""
+    """Score both models on trained and on held-out families; print and draw the differences by cluster.
+
+    The scores of every family are in evaluation/*/results.json, their differences in evaluation/differences.json.
+    """
     found: dict[str, Results] = {}
     for name, model in (("before", base), ("after", tuned)):
         specs = [
@@ -57,9 +66,12 @@ def before_and_after(base: Forest, tuned: Forest, tasks: Path, output: Path, eac
             for part in ("trained", "heldout")
         ]
         found[name] = evaluate(model, specs, output / "evaluation" / name, model={"name": name})
-    console.print(difference_table(compare(found["before"], found["after"])))
-    draw(found, output / "before-after.png")
+    differences = compare(found["before"], found["after"])
+    write_json(output / "evaluation" / "differences.json", {"differences": [asdict(d) for d in differences]})
+    console.print(difference_table(differences, TITLES))
+    draw(found, output / "before-after.png", TITLES)
     console.print(f"picture: {output / 'before-after.png'}")
+    console.print(f"every family: {output / 'evaluation'}")
 
 
 def answers(models: dict[str, Forest], tasks: Path, console: Console) -> None:
@@ -86,7 +98,7 @@ def next_steps(output: Path, console: Console) -> None:
         (f"fettle export {output} --to peft", "an adapter that peft and vLLM load"),
         ("fettle lab list", "the claims you can reproduce here"),
     ):
-        console.print(f"  {command:<70} [dim]{what}[/dim]", highlight=False)
+        console.print(f"  {command}\n      [dim]{what}[/dim]", highlight=False, soft_wrap=True)
 
 
 def _answer(model: Forest, messages: Sequence[dict[str, str]]) -> str:

@@ -40,6 +40,11 @@ def running(plan: Plan) -> Iterator[None]:
         _current.reset(token)
 
 
+def in_forest() -> bool:
+    """Whether a forest batch is running."""
+    return _current.get() is not None
+
+
 def _mask(*args: Any, **kwargs: Any) -> Any:
     plan = _current.get()
     return sdpa_mask(*args, **kwargs) if plan is None else plan
@@ -58,6 +63,8 @@ def backend(name: str) -> Callable[[Backend], Backend]:
                     return _capped(query, key, value, attention_mask, scaling, softcap), None
                 return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **other)
             refuse_unknown(module, other)
+            if attention_mask.states is not None:
+                key, value = with_states(module, key, value, attention_mask.states)
             chosen = BACKENDS["dense"] if dropout else function
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             extra = {"dropout": dropout} if dropout else {}
@@ -79,6 +86,23 @@ def refuse_unknown(module: nn.Module, other: dict[str, Any]) -> None:
             raise FettleError(
                 f"{type(module).__name__} passes '{key}' to its attention, which a forest batch does not support"
             )
+
+
+def with_states(module: nn.Module, key: Tensor, value: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [1, K, T, D] with those of the first P tokens replaced by this layer's `states` [layers, 2, K, P, D]."""
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise FettleError(
+            f"{type(module).__name__} does not know its layer, so a prefix's keys and values cannot be handed to it; "
+            "use a prompt_tuning edit, which works on the embeddings, or model.attention: paths"
+        )
+    own, length = states[layer].to(key.dtype), states.shape[3]
+    if own.shape[1::2] != key.shape[1::2] or own.shape[3] != value.shape[3]:
+        raise FettleError(
+            f"{type(module).__name__} of layer {layer} has {key.shape[1]} key heads of {key.shape[3]}, the prefix "
+            f"{own.shape[1]} of {own.shape[3]}; it was made for another model"
+        )
+    return tuple(torch.cat([new[None], old[:, :, length:]], 2) for new, old in zip(own, (key, value), strict=True))  # type: ignore[return-value]
 
 
 def _capped(

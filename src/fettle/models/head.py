@@ -18,16 +18,19 @@ CHUNK_BYTES = 16 << 20  # of float32 logits alive at once
 
 @dataclass(frozen=True)
 class Head:
-    """How a model turns its last hidden state into logits: softcap(module(x) * scale)."""
+    """How a model turns its last hidden state into logits: softcap(module(x) * scale + bias)."""
 
     module: nn.Module
     scale: float = 1.0
     softcap: float | None = None
+    bias: Tensor | None = None  # [1, V], never trained: what BART and its kin add
 
     def finish(self, logits: Tensor) -> Tensor:
-        """Scale and soft cap of raw logits, in their own dtype."""
+        """Scale, bias and soft cap of raw logits, in their own dtype."""
         if self.scale != 1.0:
             logits = logits * self.scale
+        if self.bias is not None:
+            logits = logits + self.bias.to(logits)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 
@@ -19,9 +20,12 @@ import fettle
 from fettle.core.errors import FettleError
 from fettle.core.files import read_json, sha256
 from fettle.models.allocator import keep_pages
+from fettle.models.encdec import JOIN
 from fettle.models.forest import Forest
+from fettle.models.parts import left_out, name_body, quiet, split_other_parts
 from fettle.models.proof import prove
 from fettle.models.spec import EMBEDDED, ModelSpec
+from fettle.models.tasks import auto_class, headed, own_problems, resolved
 
 INDEX = "model.safetensors.index.json"
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -35,9 +39,12 @@ def load(spec: ModelSpec) -> Forest:
     dtype = pick_dtype(spec.dtype, device)
     if device.type == "cpu":
         keep_pages()
+    spec = resolved(spec, configuration(spec))
     model = random_model(spec, dtype) if spec.config is not None else pretrained(spec, dtype)
     tokenizer = load_tokenizer(spec)
     check_vocabulary(model, tokenizer)
+    if model.config.is_encoder_decoder and not tokenizer.chat_template:  # type: ignore[union-attr]
+        tokenizer.chat_template = JOIN
     model.to(device).eval()  # type: ignore[arg-type]
     if spec.gradient_checkpointing:
         checkpoint_layers(model)
@@ -157,26 +164,33 @@ def base_hash(folder: Path) -> str:
 
 def pretrained(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
     """The pretrained model; FettleError where the folder does not hold exactly its weights."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of a load that takes a second; what takes minutes has a bar of ours
     folder = folder_of(spec.path, spec.revision)
     weight_files(folder)
-    check_code(folder, spec.trust_remote_code)
+    config = headed(configuration(spec), spec)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
-            trust_remote_code=spec.trust_remote_code,
-        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.manual_seed(spec.seed)  # of a head that the checkpoint does not have
+            model, report = auto_class(spec, config).from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
+                trust_remote_code=spec.trust_remote_code, ignore_mismatched_sizes=spec.task != "causal",
+            )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise FettleError(f"{folder}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    name_body(model)
+    found = own_problems(model, report)
+    found["unexpected_keys"], other = split_other_parts(model, config, found["unexpected_keys"])
+    if other:
+        said = f"{folder}: only the text part is loaded; left out: {left_out(other)}"
+        Console(stderr=True, highlight=False).print(said, soft_wrap=True)
     for key, what in (
         ("missing_keys", "lacks"),
         ("mismatched_keys", "has in another shape"),
         ("unexpected_keys", "has, unasked,"),
     ):
-        if names := sorted(map(str, report.get(key) or ())):
+        if names := found[key]:
             raise FettleError(
                 f"{folder}: the checkpoint {what} {len(names)} of the weights of {type(model).__name__} ({', '.join(names[:3])}"
                 f"{', ...' if len(names) > 3 else ''}); it belongs to another architecture or is damaged"
@@ -186,17 +200,28 @@ def pretrained(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
 
 def random_model(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
     """A model of `spec.config` with random weights, the same for the same seed; the vocabulary follows the tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = dict(spec.config or {})
-    kind = settings.pop("model_type")
-    try:
-        config = AutoConfig.for_model(kind, **settings)
-    except (ValueError, TypeError, KeyError) as error:
-        raise FettleError(f"model.config: {str(error).strip().splitlines()[0]}") from None
+    config = headed(configuration(spec), spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+        return auto_class(spec, config).from_config(config, dtype=torch.float32).to(dtype)  # type: ignore[no-any-return]
+
+
+def configuration(spec: ModelSpec) -> Any:
+    """The transformers configuration that a spec means; FettleError where there is none."""
+    from transformers import AutoConfig
+
+    if spec.config is not None:
+        settings = dict(spec.config)
+        try:
+            return AutoConfig.for_model(settings.pop("model_type"), **settings)
+        except (ValueError, TypeError, KeyError) as error:
+            raise FettleError(f"model.config: {str(error).strip().splitlines()[0]}") from None
+    folder = folder_of(spec.path, spec.revision)
+    check_code(folder, spec.trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FettleError(f"{folder}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def check_code(folder: Path, trusted: bool) -> None:

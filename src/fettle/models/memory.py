@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -114,9 +115,9 @@ def _vocabulary(forest: Forest) -> int:
     return int(forest.config.get_text_config().vocab_size)
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers, tied ones once."""
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+def weight_bytes(model: nn.Module, device: str | None = None) -> int:
+    """Bytes of a model's parameters and buffers, quantized ones at their packed size, tied ones once (on one kind of device)."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()] if device in (None, t.device.type)}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
@@ -132,9 +133,33 @@ def worst_batch(length: int, segments: int = 1) -> Batch:
 # What was needed.
 
 
+def saved_bytes(model: nn.Module, run: Callable[[], Tensor]) -> int:
+    """Bytes that the forward pass `run` leaves for its backward pass: each storage once, the model's own tensors apart."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    left: WeakSet[_Saved] = WeakSet()
+
+    def pack(tensor: Tensor) -> _Saved:
+        left.add(saved := _Saved(tensor))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        out = run()
+    storages = [saved.tensor.untyped_storage() for saved in left]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    del out  # which held the graph, and it what was saved
+    return sum(size for at, size in sizes.items() if at not in own)
+
+
+class _Saved:
+    """One tensor that the graph holds."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def runtime_bytes(model: nn.Module) -> int:
     """What this process holds apart from a model's weights: the interpreter and its libraries."""
-    on_host = sum(p.untyped_storage().nbytes() for p in model.parameters() if p.device.type == "cpu")
+    on_host = weight_bytes(model, "cpu")
     return max(0, resident() - on_host)
 
 

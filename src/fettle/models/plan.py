@@ -67,18 +67,24 @@ class Tiling:
 class Plan:
     """Who sees whom in one batch.
 
-    `positions` int64 [T] are those of the batch; `padding` are the segments whose result nobody reads.
+    `positions` int64 [T] are those of the batch; `padding` are the segments whose result nobody reads. `states`
+    [layers, 2, K, P, D] are keys and values that stand in the place of those of the first P tokens (deep soft prompts).
     """
 
-    def __init__(self, segments: tuple[Segment, ...], positions: Tensor, padding: frozenset[int] = frozenset()) -> None:
-        self.segments, self.positions, self.padding = segments, positions, padding
+    def __init__(
+        self, segments: tuple[Segment, ...], positions: Tensor, padding: frozenset[int] = frozenset(),
+        states: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.segments, self.positions, self.padding, self.states = segments, positions, padding, states
         self.length = len(positions)
         self._kept: dict[Any, Any] = {}
 
     @staticmethod
-    def of(batch: Batch) -> Plan:
-        """The plan of a batch; segments without a name are padding."""
-        return Plan(batch.segments, batch.positions, frozenset(i for i, name in enumerate(batch.names) if not name))
+    def of(batch: Batch, states: Tensor | None = None) -> Plan:
+        """The plan of a batch; segments without a name that nobody sees are padding."""
+        seen = {segment.parent for segment in batch.segments}
+        padding = frozenset(i for i, name in enumerate(batch.names) if not name and i not in seen)
+        return Plan(batch.segments, batch.positions, padding, states)
 
     @property
     def is_flat(self) -> bool:

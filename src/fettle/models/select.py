@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from fettle.core.errors import FettleError
-from fettle.models.weight import is_linear
+from fettle.models.tasks import head_weights
+from fettle.models.weight import is_embedding, is_linear
 
 ALL = "all-linear"
 
@@ -30,6 +31,28 @@ def linears(model: nn.Module, targets: str | Sequence[str] = ALL, exclude_head: 
             raise FettleError(f"targets: '{pattern}' matches no linear layer; {_nearest(pattern, every)}")
         chosen.update(hits)
     return {name: module for name, module in every.items() if name in chosen}
+
+
+def adaptable(model: nn.Module, targets: str | Sequence[str] = ALL) -> dict[str, nn.Module]:
+    """`linears`, and beside them the head and the embeddings that a target names.
+
+    Only a name or its end means a head or an embedding; 'all-linear' and regular expressions pass them by.
+    """
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    head = _head(model)
+    named: dict[str, str] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if is_linear(module) or is_embedding(module):
+            inside = (f"{name}.",)
+            by = [p for p in patterns if p == name or name.endswith(f".{p}")]
+            if by and (module is head or is_embedding(module)):
+                named |= {name: by[0]}
+    rest = [p for p in patterns if p not in named.values()]
+    chosen = set(linears(model, rest)) if rest else set()
+    return {name: module for name, module in model.named_modules() if name in chosen or name in named}
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -62,6 +85,7 @@ def partly_matched(model: nn.Module, targets: str | Sequence[str]) -> dict[str, 
 
 def _every(model: nn.Module, exclude_head: bool) -> dict[str, nn.Module]:
     head = _head(model) if exclude_head else None
+    task_head = tuple(head_weights(model)) if exclude_head else ()
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -69,7 +93,7 @@ def _every(model: nn.Module, exclude_head: bool) -> dict[str, nn.Module]:
             continue
         if is_linear(module):
             inside = (f"{name}.",)
-            if module is not head:
+            if module is not head and not any(weight.startswith(f"{name}.") for weight in task_head):
                 found[name] = module
     return found
 

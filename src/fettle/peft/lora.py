@@ -1,83 +1,180 @@
-"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv 2106.09685), and rsLoRA's scale (Kalajdzievski 2023, arXiv 2312.03732).
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv 2106.09685), and what differs from it only in numbers.
 
-    y = W x + s B (A dropout(x)),    s = alpha / r   (rsLoRA: alpha / sqrt(r))
+    y = W x + s B (A dropout(x)),    s = alpha / r   (rsLoRA, Kalajdzievski 2023, arXiv 2312.03732: alpha / sqrt(r))
 
             x [.., K] ──┬── W [N, K], frozen ───────────────┬── y [.., N]
                         └── A [r, K] ── B [N, r] ── * s ────┘
 
-K in, N out, r rank. A starts uniform as `nn.Linear` does, B at zero, so the model is unchanged at start.
+K in, N out, r rank, M tokens. A starts uniform as `nn.Linear` does, B at zero, so the model is unchanged at start; `init`
+takes another start (pissa.py; quantize/loftq.py), `dora` rescales the result (dora.py), `ranks` and `alphas` differ by layer,
+and `lr_ratio` is the learning rate of B over that of A (LoRA+, Hayou et al. 2024, arXiv 2402.12354, equation 5; about 16).
+An embedding is a linear map from one-hot vectors, so there A [r, V] is looked up; A starts at zero and B normal.
 A and B are float32 masters whatever the base's type: an update of 1e-5 is lost in bf16's 8 bits.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
-from fettle.models.select import linears
-from fettle.models.surgery import replace
-from fettle.models.weight import in_out, read_weight, write_weight
+from fettle.models.select import adaptable, matches
+from fettle.models.surgery import replace, untie
+from fettle.models.weight import in_out, innermost, is_adapter, is_embedding, place, read_weight, write_weight
+from fettle.peft.dora import rescale, row_norms
+from fettle.peft.pissa import principal, without_start
+
+T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+
+
+def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """y + s B A dropout(x): y [.., N], x [.., K]; A [r, K] and B [N, r] in float32 or wider."""
+    seed = int(torch.randint(2**62, ())) if dropout else 0
+    flat = LowRank.apply(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), a, b, scale, dropout, seed)
+    return flat.view_as(y)
+
+
+def looked_up(y: Tensor, ids: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    """y + s B A[:, ids]: y [.., C], ids [..]; A [r, V], B [C, r]."""
+    return y + F.embedding(ids, a.T).to(y.dtype) @ (b.T * scale).to(y.dtype)
 
 
 class LowRank(torch.autograd.Function):
-    """s B A x for one linear; keeps x (which the base's caller keeps anyway) and the small A x, nothing of width N."""
+    """y + s B A dropout(x) for one linear, in one sum.
+
+    It keeps x itself, which all adapters that read the same x keep as one, and the small A x. A dropped x is made again
+    from its seed in the backward pass, and nothing of width N is kept.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        """x [M, K]; a [r, K] and b [N, r], float32; returns [M, N] in x's type."""
-        h = x @ a.to(x.dtype).T
-        ctx.save_for_backward(x, h, a, b)
-        ctx.scale = scale
-        return h @ (b.to(x.dtype).T * scale)
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float, seed: int
+    ) -> Tensor:
+        """y [M, N], x [M, K] -> [M, N] in their type."""
+        mask = dropout_mask(x, dropout, seed)
+        h = (x if mask is None else mask.mul_(x)) @ a.to(x.dtype).T
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h if ctx.needs_input_grad[3] else None, a, b)
+        ctx.numbers = scale, dropout, seed
+        return torch.addmm(y, h, b.to(x.dtype).T, alpha=scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Gradients of x in its type, of a and b in float32."""
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of y and x in their type, of a and b in theirs."""
         x, h, a, b = ctx.saved_tensors
-        down = grad @ (b.to(grad.dtype) * ctx.scale)
-        grad_x = down @ a.to(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_a = (down.T @ x).to(a.dtype) if ctx.needs_input_grad[1] else None
-        grad_b = (grad.T @ h).to(b.dtype) * ctx.scale if ctx.needs_input_grad[2] else None
-        return grad_x, grad_a, grad_b, None
+        scale, dropout, seed = ctx.numbers
+        _, for_x, for_a, for_b, *_ = ctx.needs_input_grad
+        down = grad @ (b.to(grad.dtype) * scale)
+        mask = dropout_mask(grad.new_empty(len(grad), a.shape[1]), dropout, seed) if for_x or for_a else None
+        grad_x = down @ a.to(grad.dtype) if for_x else None
+        if grad_x is not None and mask is not None:
+            grad_x.mul_(mask)
+        grad_a = (down.T @ (x if mask is None else mask.mul_(x))).to(a.dtype) if for_a else None
+        grad_b = (h.T @ grad).T.to(b.dtype).mul_(scale) if for_b else None  # grad.T @ h takes up to 5 times as long
+        return grad, grad_x, grad_a, grad_b, None, None, None
+
+
+def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor | None:
+    """None where p is 0; else 1 / keep, with a share 1 - keep of zeros: the same mask for the same seed, shape and device.
+
+    16 random bits decide about each value, so the share is p to the nearest 1/65536; a Bernoulli draw takes 64.
+    """
+    share = round(p * 65536)
+    if not share:
+        return None
+    generator = torch.Generator(like.device).manual_seed(seed)
+    bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    bits.random_(-(2**63), None, generator=generator)  # the whole range of 64 bits
+    mask = bits.view(torch.int16)[: like.numel()].view(like.shape) >= share - 32768
+    return mask.to(like.dtype).mul_(65536 / (65536 - share))
 
 
 class LoRALinear(nn.Module):
-    """Any linear layer plus a low-rank update that trains."""
+    """Any linear layer, or an embedding, plus a low-rank update that trains."""
 
-    def __init__(self, base: nn.Module, edit: LoRA) -> None:
+    a0: Tensor
+    b0: Tensor
+
+    def __init__(self, base: nn.Module, edit: LoRA, rank: int, alpha: float) -> None:
         super().__init__()
-        inputs, outputs = in_out(base)
-        device = next(base.parameters()).device
-        rank = edit.rank
-        self.base, self.edit, self.rank, self.scale, self.dropout = base, edit, rank, edit.scale, edit.dropout
-        self.enabled = True
-        self.a = nn.Parameter(torch.empty(rank, inputs, device=device, dtype=torch.float32))
-        self.b = nn.Parameter(torch.zeros(outputs, rank, device=device, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.base, self.edit, self.enabled = base, edit, True
+        self.rank, self.alpha = rank, alpha
+        self.scale = alpha / (math.sqrt(rank) if edit.rslora else rank)
+        a, b = _start(base, edit, rank, self.scale)
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
+        if edit.init == "pissa":
+            self.register_buffer("a0", a.clone())
+            self.register_buffer("b0", b.clone())
+        self.magnitude = nn.Parameter(self._norms(*self.factors())) if edit.dora else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [.., K] -> [.., N]."""
+        """x [.., K] -> [.., N]; ids [..] -> [.., C] around an embedding."""
         y = self.base(x)
         if not self.enabled:
             return y
-        flat = F.dropout(x, self.dropout, self.training).reshape(-1, x.shape[-1])
-        return y + LowRank.apply(flat, self.a, self.b, self.scale).view_as(y)
+        a, b = self.factors()
+        if is_embedding(self.base):
+            z = looked_up(y, x, a, b, self.scale * getattr(innermost(self.base), "embed_scale", 1.0))
+        else:
+            z = low_rank(y, x, a, b, self.scale, self.edit.dropout if self.training else 0.0)
+        if self.magnitude is None:
+            return z
+        return rescale(z, getattr(self.base, "bias", None), self.magnitude, self._norms(a, b))
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight, for code that only looks at its type or device."""
+        """The base's weight, for code that only looks at its type, shape or device."""
         return self.base.weight  # type: ignore[return-value]
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of the update s B A to the base's weight; twice the rank where the start is taken off (pissa.py)."""
+        if self.edit.init != "pissa":
+            return self.a, self.b
+        return without_start(self.a, self.b, self.a0, self.b0)
+
     def delta(self) -> Tensor:
-        """s B A, float32 [N, K]."""
-        return (self.b @ self.a) * self.scale
+        """s B A, [N, K] in float32 or wider."""
+        a, b = self.factors()
+        return (b @ a) * self.scale
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """The weight [N, K] of the plain layer that computes the same, in float32 or wider."""
+        weight = read_weight(self.base).to(self.a.dtype) + self.delta()
+        if self.magnitude is not None:
+            weight *= (self.magnitude / self._norms(*self.factors()))[:, None]
+        return weight
+
+    def _norms(self, a: Tensor, b: Tensor) -> Tensor:
+        return row_norms(read_weight(self.base), a, b, self.scale)
+
+
+def _start(base: nn.Module, edit: LoRA, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    inputs, outputs = in_out(base)
+    where = place(base)
+    if edit.init == "pissa":
+        a, b = principal(read_weight(base), rank, scale, edit.iterations)
+        return a.to(**where), b.to(**where)
+    if edit.init == "loftq":
+        b, a = base.residual  # type: ignore[misc]
+        base.residual = None  # type: ignore[assignment]  # it is handed over
+        return a.to(**where) / math.sqrt(scale), b.to(**where) / math.sqrt(scale)
+    a, b = torch.zeros(rank, inputs, **where), torch.zeros(outputs, rank, **where)
+    if is_embedding(base):
+        nn.init.normal_(b)
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a, b
 
 
 class LoRA(Edit):
@@ -87,34 +184,93 @@ class LoRA(Edit):
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(default=None, gt=0, description="numerator of the scale; twice the rank where left out")
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: str | tuple[str, ...] = "all-linear"
+    targets: str | tuple[str, ...] = Field(
+        default="all-linear", description="linear layers; the head and embeddings are meant only by name"
+    )
     rslora: bool = False
-
-    @property
-    def scale(self) -> float:
-        """The factor of B A."""
-        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    dora: bool = Field(default=False, description="a trained length for the weights of each output (DoRA)")
+    init: Literal["uniform", "pissa", "loftq"] = Field(default="uniform", description="where A and B start")
+    iterations: int | None = Field(default=None, ge=1, description="PiSSA by a fast SVD; exact where left out")
+    ranks: dict[str, PositiveInt] = Field(default={}, description="ranks of some targets, by pattern")
+    alphas: dict[str, PositiveFloat] = Field(default={}, description="alphas of some targets, by pattern")
+    lr_ratio: float = Field(default=1.0, gt=0, description="learning rate of B over that of A (LoRA+); about 16 there")
 
     def apply(self, model: nn.Module) -> None:
-        """Wrap the targets. FettleError where one matches nothing or is smaller than the rank."""
-        for name, base in linears(model, self.targets).items():
-            if self.rank > min(in_out(base)):
-                raise FettleError(
-                    f"lora: rank {self.rank} is over the size of {name} {in_out(base)}; choose a smaller rank"
-                )
-            replace(model, name, LoRALinear(base, self))
+        """Wrap the targets. FettleError where one matches nothing, is smaller than its rank, or cannot be wrapped."""
+        found = adaptable(model, self.targets)
+        ranks, alphas = by_layer(self.ranks, found, "lora.ranks"), by_layer(self.alphas, found, "lora.alphas")
+        for name, base in found.items():
+            rank = ranks.get(name, self.rank)
+            self._check(name, base, rank)
+            alpha = alphas.get(name, 2.0 * rank if self.alpha is None else self.alpha)
+            replace(model, name, LoRALinear(base, self, rank, alpha))
+
+    def _check(self, name: str, base: nn.Module, rank: int) -> None:
+        if rank > min(in_out(base)):
+            raise FettleError(f"lora: rank {rank} is over the size of {name} {in_out(base)}; choose a smaller rank")
+        if is_adapter(base) and (self.dora or self.init != "uniform"):
+            what = "dora" if self.dora else f"init: {self.init}"
+            raise FettleError(
+                f"lora: '{what}' needs the plain weight of {name}, which has an adapter already; put this edit before that one"
+            )
+        residual = getattr(base, "residual", None)
+        if self.init == "loftq" and residual is None:
+            raise FettleError(
+                f"lora: 'init: loftq' finds no residual at {name}; quantize it before with loftq, as in {{kind: nf4, loftq: {{rank: {rank}}}}}"
+            )
+        if self.init == "loftq" and residual is not None and residual[0].shape[1] != rank:
+            raise FettleError(
+                f"lora: rank {rank} of {name} is not the {residual[0].shape[1]} of the quantizer's loftq; make them equal"
+            )
+        inner = innermost(base)
+        if is_embedding(base) and type(inner).forward is not nn.Embedding.forward and not hasattr(inner, "embed_scale"):
+            raise FettleError(f"lora: {name} is a {type(inner).__name__}, which is more than a table; leave it out")
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """Every A and B, by name."""
-        return {f"{n}.{ab}": getattr(m, ab).detach() for n, m in self._wrapped(model) for ab in ("a", "b")}
+        """A and B, DoRA's magnitudes, PiSSA's start, by name."""
+        return {
+            f"{n}.{key}": t.detach()
+            for n, m in wrapped(model, LoRALinear, self)
+            for key, t in chain(m.named_parameters(recurse=False), m.named_buffers(recurse=False))
+        }
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """PiSSA's start, which another machine's SVD would give with other last bits."""
+        return {f"{n}.{k}": t for n, m in wrapped(model, LoRALinear, self) for k, t in m.named_buffers(recurse=False)}
+
+    def lr_scales(self, model: nn.Module) -> dict[str, float]:
+        """LoRA+'s ratio for every B."""
+        return {f"{n}.b": self.lr_ratio for n, _ in wrapped(model, LoRALinear, self)} if self.lr_ratio != 1 else {}
 
     def merge(self, model: nn.Module) -> None:
-        """W + s B A, summed in float32, rounded once to the base's type; the wrapper goes."""
-        for name, module in reversed(self._wrapped(model)):  # from the inside out
-            with torch.no_grad():
-                write_weight(module.base, read_weight(module.base).float() + module.delta())
+        """W + s B A (DoRA: rescaled), summed in float32, rounded once to the base's type; the wrapper goes.
+
+        A head or an embedding that shares its weight gets one of its own first, for only it was adapted.
+        """
+        for name, module in reversed(wrapped(model, LoRALinear, self)):  # from the inside out
+            weight = module.merged()
+            untie(model, module.base)
+            write_weight(module.base, weight)
             replace(model, name, module.base)
 
-    def _wrapped(self, model: nn.Module) -> list[tuple[str, LoRALinear]]:
-        return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear) and m.edit == self]
+
+def wrapped(model: nn.Module, kind: type[M], edit: Edit) -> list[tuple[str, M]]:
+    """The modules of a kind that an edit put into a model, by name."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, kind) and m.edit == edit]
+
+
+def by_layer(patterns: Mapping[str, T], names: Iterable[str], key: str) -> dict[str, T]:
+    """What `patterns` say of each layer. FettleError where one matches none, or two disagree."""
+    said: dict[str, tuple[str, T]] = {}
+    names = list(names)
+    for pattern, value in patterns.items():
+        hits = [name for name in names if matches(pattern, name)]
+        if not hits:
+            raise FettleError(f"{key}: '{pattern}' matches none of the {len(names)} targets, as {names[0]}")
+        for name in hits:
+            if name in said and said[name][1] != value:
+                raise FettleError(
+                    f"{key}: '{said[name][0]}' says {said[name][1]} of {name} and '{pattern}' says {value}; make one narrower"
+                )
+            said[name] = pattern, value
+    return {name: value for name, (_, value) in said.items()}

@@ -25,7 +25,7 @@ from fettle.core.spec import Spec
 from fettle.models.forest import Forest
 from fettle.models.load import base_hash, folder_of, load
 from fettle.models.spec import ModelSpec
-from fettle.peft import AnyEdit
+from fettle.stages.edits import AnyEdit
 
 TENSORS = "edits.safetensors"
 
@@ -77,10 +77,10 @@ def save_artifact(folder: Path, forest: Forest, edits: Sequence[Edit], facts: di
         write_json(aside / MANIFEST, {"kind": "artifact", "base_hash": hashed, **made, **facts})
 
 
-def open_artifact(folder: Path, **changes: Any) -> tuple[Forest, tuple[Edit, ...]]:
-    """The model of an artifact and its edits; `changes` replace fields of its ModelSpec (device, dtype, attention).
+def read_artifact(folder: Path, **changes: Any) -> Adaptation:
+    """What an artifact is made of; `changes` replace fields of its ModelSpec (device, dtype, attention).
 
-    FettleError where a file is damaged, the base is another one, or the tensors do not fit.
+    FettleError where a file is damaged or the base is another one.
     """
     manifest = verify(folder)
     source = {key: manifest[key] for key in ("model", "edits") if key in manifest}
@@ -91,18 +91,27 @@ def open_artifact(folder: Path, **changes: Any) -> tuple[Forest, tuple[Edit, ...
             f"{folder}: was trained on another base than '{spec.path}' is now "
             f"(hash {str(manifest.get('base_hash'))[:12]}, found {found[:12]}); give the right base in {MANIFEST} or train again"
         )
-    forest = load(spec)
+    return made.model_copy(update={"model": spec})
+
+
+def open_artifact(folder: Path, **changes: Any) -> tuple[Forest, tuple[Edit, ...]]:
+    """The model of an artifact and its edits; `changes` as in `read_artifact`. FettleError also where tensors do not fit."""
+    made = read_artifact(folder, **changes)
+    forest = load(made.model)
+    apply_edits(forest, made.edits)
     if (folder / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
         forest.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    apply_edits(forest, made.edits)
-    _fill(forest, made.edits, folder / TENSORS)
+    for edit in made.edits:
+        edit.settle(forest.model)
+    fill(forest, made.edits, folder / TENSORS)
     forest.model.requires_grad_(False)
     return forest, made.edits
 
 
-def _fill(forest: Forest, edits: Sequence[Edit], file: Path) -> None:
+def fill(forest: Forest, edits: Sequence[Edit], file: Path) -> None:
+    """Put an artifact's tensors into a model that has its edits. FettleError where they are not the ones it needs."""
     with safe_open(file, "pt") as stored, torch.no_grad():
         keys = set(stored.keys())
         for i, edit in enumerate(edits):
@@ -121,11 +130,15 @@ def _fill(forest: Forest, edits: Sequence[Edit], file: Path) -> None:
         raise FettleError(f"{file}: holds '{sorted(keys)[0]}', which no edit asked for")
 
 
+def find_artifact(ref: str) -> Path | None:
+    """The artifact that a folder is, or that a run's folder holds."""
+    return next((folder for folder in (Path(ref), Path(ref) / "artifact") if is_artifact(folder)), None)
+
+
 def open_model(ref: str, **changes: Any) -> tuple[Forest, tuple[Edit, ...]]:
     """An artifact's folder (or the run's folder around it), a model folder, a hub id or 'fettle/tiny'."""
-    for folder in (Path(ref), Path(ref) / "artifact"):
-        if is_artifact(folder):
-            return open_artifact(folder, **changes)
+    if (folder := find_artifact(ref)) is not None:
+        return open_artifact(folder, **changes)
     if (Path(ref) / "checkpoints").is_dir():
         raise FettleError(f"{ref}: holds a run that did not end, so no artifact; go on with fettle run --resume")
     return load(ModelSpec(path=ref).model_copy(update=changes)), ()

@@ -24,7 +24,9 @@ from fettle.data.inspect import show
 from fettle.data.source import Corpus
 from fettle.models.forest import Forest
 from fettle.models.memory import MemoryPlan, available, predict, resident, worst_batch
+from fettle.models.prompt import find as find_prompt
 from fettle.models.select import partly_matched
+from fettle.models.weight import count_weights
 from fettle.train import Job, OptimSpec, fit
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     step_seconds: float | None = None
+    held_out_seconds: float = 0.0  # what the run's held-out losses take in all
     corpus: Corpus | None = None
 
     @property
@@ -62,6 +65,8 @@ class Report:
         steps = f"{self.steps:,} steps"
         if self.step_seconds is not None:
             steps += f" of {self.step_seconds:.2f} s: about {_duration(self.steps * self.step_seconds)}"
+        if self.held_out_seconds:
+            steps += f", and {_duration(self.held_out_seconds)} for held-out losses"
         rows.add_row("time", steps)
         for what, size in self.memory.rows():
             rows.add_row(f"memory: {what}", _size(size))
@@ -77,11 +82,15 @@ def preflight(name: str, forest: Forest, edits: Sequence[Edit], corpus: Corpus, 
     weights = list(forest.model.parameters())
     trained = sum(p.numel() for p in weights if p.requires_grad)
     report = Report(
-        name=name, parameters=sum(p.numel() for p in weights), trained=trained, steps=job.steps,
+        name=name, parameters=count_weights(forest.model), trained=trained, steps=job.steps,
         memory=memory_of(forest, job, corpus), room=available(forest.device) + _held(forest), corpus=corpus,
     )  # fmt: skip
     report.problems += data_problems(corpus)
+    report.problems += too_long(forest, corpus)
     report.notes += corpus.notes
+    if job.validation is not None:
+        report.problems += [f"validation: {problem}" for problem in data_problems(job.validation.corpus)]
+        report.notes += job.validation.corpus.notes
     for edit in edits:
         targets = getattr(edit, "targets", None)
         for pattern, missed in partly_matched(forest.model, targets).items() if targets else ():
@@ -97,9 +106,24 @@ def preflight(name: str, forest: Forest, edits: Sequence[Edit], corpus: Corpus, 
     return report
 
 
+def too_long(forest: Forest, corpus: Corpus) -> list[str]:
+    """Examples that a soft prompt leaves no room for in the model's context."""
+    front, room = find_prompt(forest.model), forest.context
+    longest = max(int(source.units.lengths.max()) for source in corpus.sources)
+    if front is None or room is None or longest <= room:
+        return []
+    return [
+        f"edits: the data's longest example has {longest} tokens, and behind a soft prompt of {front.length} the model of "
+        f"{forest.spec.path} sees {room}; set batch.tokens to {room} or take fewer virtual tokens"
+    ]
+
+
 def memory_of(forest: Forest, job: Job, corpus: Corpus) -> MemoryPlan:
     """The memory of the worst step of a job."""
-    batch = worst_batch(corpus.length)
+    if corpus.encoder.form is not None:
+        batch = corpus.fullest()
+    else:
+        batch = worst_batch(corpus.length, -(-corpus.length // min(corpus.length, forest.context or corpus.length)))
     return predict(
         forest, batch, lambda model, b: job.objective(model, b).sum, STATE_BYTES[job.optim.kind], job.optim.accumulate
     )
@@ -125,6 +149,7 @@ def timed(job: Job) -> float:
                 folder=folder,
                 resume=False,
                 quiet=True,
+                validation=None,
                 on_row=lambda r: rows.append(r["seconds"]),
             )
         )
@@ -136,33 +161,55 @@ def timed(job: Job) -> float:
 def check(
     pipeline: Pipeline, examples: int = 3, console: Console | None = None, time_steps: bool = True
 ) -> list[Report]:
-    """Check the stages of a recipe whose parents are there; prints examples and findings, returns the reports.
+    """Check every stage of a recipe; prints examples and findings, returns the reports.
 
-    A later stage opens an artifact that does not exist yet: its recipe is validated, its data and memory cannot be.
+    A stage whose parent is not there yet is checked on the base with the edits of the stages before it, as they are
+    before training. FettleError, after the last stage that could be checked, with what kept the others from it.
     """
     console = console or Console()
-    reports = []
-    for i, stage in enumerate(pipeline.stages):
-        if i:
-            console.print(
-                f"stage {i + 1} ({stage.output}) opens the artifact of the stage before; checked when that is there"
-            )
-            continue
-        reports.append(_check_one(stage, examples, console, time_steps))
+    reports: list[Report] = []
+    failed: list[str] = []
+    for number, stage in enumerate(pipeline.stages, 1):
+        if len(pipeline.stages) > 1:
+            console.rule(f"stage {number} of {len(pipeline.stages)}: {stage.output}")
+        try:
+            forest = stage.preview(pipeline.stages[: number - 1])
+        except FettleError as error:  # later stages would open what cannot be made
+            failed.append(_where(pipeline, number, str(error)))
+            failed += [_where(pipeline, n, "not checked") for n in range(number + 1, len(pipeline.stages) + 1)]
+            break
+        try:
+            reports.append(_check_one(stage, forest, examples, console, time_steps))
+        except FettleError as error:
+            failed.append(_where(pipeline, number, str(error)))
+    if failed:
+        raise FettleError("\n".join(failed))
     return reports
 
 
-def _check_one(recipe: Recipe, examples: int, console: Console, time_steps: bool) -> Report:
-    forest, edits = recipe.open(None)
+def _where(pipeline: Pipeline, number: int, sentence: str) -> str:
+    return (
+        f"stage {number} ({pipeline.stages[number - 1].output}): {sentence}" if len(pipeline.stages) > 1 else sentence
+    )
+
+
+def _check_one(recipe: Recipe, forest: Forest, examples: int, console: Console, time_steps: bool) -> Report:
     corpus = recipe.corpus(forest)
     for example in corpus.examples(examples):
         console.print(show(example, forest.tokenizer))
     job = recipe.job(forest, corpus, recipe.optim.length(corpus.batches_per_epoch))
-    report = preflight(str(recipe.output), forest, edits, corpus, job)
+    report = preflight(str(recipe.output), forest, recipe.edits, corpus, job)
+    if (recipe.output / "checkpoints").exists():
+        report.notes.append(
+            f"{recipe.output} holds a run already: fettle run goes on with --resume, or wants another output"
+        )
     if report.ok and time_steps:
         began = time.perf_counter()
         report.step_seconds = timed(job)
         report.notes.append(f"timed three steps in {time.perf_counter() - began:.1f} s")
+        if job.validation is not None:
+            one = replace(job.validation, count=1).measure(forest, job.objective)["validation_seconds"]
+            report.held_out_seconds = one * job.validation.count * job.validation.times(job.steps)
     console.print(report)
     return report
 

@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 
 from pydantic import Field, TypeAdapter
 
-from fettle.core.config import override, read_yaml, validate
+from fettle.core.config import Where, override, read_yaml, validate
 from fettle.core.errors import FettleError
 from fettle.core.families import Stage
 from fettle.core.spec import Spec, one_of
-from fettle.stages.tune import Recipe
+from fettle.stages.tune import OF_A_RUN, Recipe
 
 AnyStage: TypeAlias = one_of(Stage, default="tune")  # type: ignore[valid-type]
 
@@ -37,8 +37,22 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
         outputs = [stage.output for stage in pipeline.stages]
         if len(set(outputs)) < len(outputs):
             raise FettleError(f"{path}: stages: two of them have the same output; each needs its own")
+        _same_model(pipeline, str(path), lines)
         return pipeline
     return Pipeline(stages=(validate(Recipe, data, str(path), lines),))
+
+
+def _same_model(pipeline: Pipeline, path: str, lines: dict[Where, int]) -> None:
+    """FettleError where a later stage names a model of its own, which it would not open."""
+    first, *later = (stage.model for stage in pipeline.stages)
+    for number, model in enumerate(later, 1):
+        for key in sorted(model.model_fields_set - set(OF_A_RUN)):
+            if getattr(model, key) != getattr(first, key):
+                line = lines.get(("stages", number, "model", key)) or lines.get(("stages", number, "model"))
+                raise FettleError(
+                    f"{path}{f':{line}' if line else ''}: stages.{number}.model.{key}: a later stage opens the artifact of the "
+                    f"stage before it; of its model it can say {', '.join(OF_A_RUN)}"
+                )
 
 
 def run(recipe: Stage | Pipeline, resume: bool = False) -> Path:

@@ -38,6 +38,7 @@ def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
                 ["trained parameters", f"{facts['trained']:,} of {facts['parameters']:,} ({share:.2f}%)"],
                 ["steps", f"{facts['steps']:,}" + (f", {skipped} skipped (not finite)" if skipped else "")],
                 ["first and last loss", f"{rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}" if rows else "none"],
+                *([["held-out loss", held]] if (held := held_out(rows)) else []),
                 ["useful tokens", f"{useful:,} read, {learned:,.0f} learned"],
                 ["useful tokens/s", f"{useful / max(seconds, 1e-9):,.0f}"],
                 ["peak memory", f"{facts['peak_bytes'] / 2**30:.2f} GiB"],
@@ -54,6 +55,15 @@ def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if facts.get("evaluation"):
         lines += ["", "## Evaluation", "", _of_dicts(facts["evaluation"])]
     return "\n".join(lines) + "\n"
+
+
+def held_out(rows: list[dict[str, Any]]) -> str:
+    """The held-out loss: first, last and lowest, each with its step; '' where it was not measured."""
+    found = [(row["validation_loss"], row["step"]) for row in rows if row.get("validation_loss") is not None]
+    if not found:
+        return ""
+    first, last, low = (f"{loss:.4f} (step {step})" for loss, step in (found[0], found[-1], min(found)))
+    return f"{first} -> {last}, lowest {low}"
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:

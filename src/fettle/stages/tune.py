@@ -10,31 +10,36 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.console import Console
 
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit, Stage
 from fettle.core.spec import Spec
 from fettle.data import DataSpec, prepare
+from fettle.data.forms import form_of
 from fettle.data.source import Corpus
 from fettle.evaluate import EvalSpec, evaluate
 from fettle.models.forest import Forest
-from fettle.models.load import load
 from fettle.models.memory import measure_peak, reset_peak
 from fettle.models.spec import ModelSpec
+from fettle.models.weight import count_weights
 from fettle.objectives import SFT, AnyObjective
-from fettle.peft import AnyEdit
+from fettle.quantize.linear import describe
 from fettle.stages.artifact import add_edit, apply_edits, is_artifact, open_artifact, save_artifact
 from fettle.stages.check import gate, preflight
+from fettle.stages.edits import AnyEdit
+from fettle.stages.heads import load_for, objective_for, with_head
 from fettle.stages.report import write_report
-from fettle.train import CheckpointSpec, Job, OptimSpec, fit
+from fettle.train import CheckpointSpec, Job, OptimSpec, Validation, ValidationSpec, fit
 
 ARTIFACT = "artifact"
+OF_A_RUN = ("device", "attention", "gradient_checkpointing")  # what a later stage may say of its model
 
 
 class BatchSpec(Spec):
@@ -54,11 +59,23 @@ class Recipe(Stage):
     objective: AnyObjective = SFT()
     optim: OptimSpec = OptimSpec()
     batch: BatchSpec = BatchSpec()
-    evaluate: tuple[EvalSpec, ...] = ()
+    validation: ValidationSpec | None = Field(default=None, description="a held-out loss while it trains")
+    evaluate: tuple[EvalSpec, ...] = Field(default=(), description="scores after the run")
     checkpoint: CheckpointSpec = CheckpointSpec()
     seed: int = Field(default=0, ge=0)
     not_finite: Literal["stop", "skip"] = "stop"
     cache: Path | None = Field(default=None, description="where tokenized data is kept; default: <output>/cache")
+
+    @model_validator(mode="after")
+    def _held_out(self) -> Recipe:
+        trained = {source.path for source in self.data}
+        for source in self.validation.data if self.validation else ():
+            if source.path in trained:
+                raise ValueError(
+                    f"validation: '{source.path}' is also trained on, so its loss is not a held-out one; "
+                    "put rows aside in a file of their own"
+                )
+        return self
 
     def run(self, parent: Path | None = None, *, resume: bool = False) -> Path:
         """Train to the end and write the artifact; returns its folder."""
@@ -74,6 +91,8 @@ class Recipe(Stage):
         Console(stderr=True).print(corpus.table())
         steps = self.optim.length(corpus.batches_per_epoch)
         job = self.job(forest, corpus, steps, resume)
+        if job.validation is not None:
+            Console(stderr=True).print(job.validation.corpus.table("held-out data"))
         gate(preflight(str(self.output), forest, self.edits, corpus, job))
         last = fit(job)
         facts = self.facts(forest, corpus, steps, last) | {"seconds": time.time() - began, "peak_bytes": measure_peak()}
@@ -86,32 +105,59 @@ class Recipe(Stage):
     def open(self, parent: Path | None) -> tuple[Forest, tuple[Edit, ...]]:
         """The model with the parent's edits (frozen) and this recipe's own; and the list of them all."""
         if parent is None:
-            return apply_edits(load(self.model), self.edits, self.seed), self.edits
-        forest, before = open_artifact(
-            parent, **self.model.model_dump(include={"device", "attention", "gradient_checkpointing"})
-        )
+            forest = load_for(self.model, self.data)
+            edits = with_head(forest, self.edits)
+            return apply_edits(forest, edits, self.seed), edits
+        forest, before = open_artifact(parent, **self.model.model_dump(include=set(OF_A_RUN)))
+        return self._added(forest, before), (*before, *self.edits)
+
+    def preview(self, before: Sequence[Recipe]) -> Forest:
+        """The model that `open` will give after the stages `before`; where those have not run, without what they learn."""
+        if not before:
+            return self.open(None)[0]
+        if is_artifact(parent := before[-1].output / ARTIFACT):
+            return self.open(parent)[0]
+        spec = before[0].model.model_copy(update=self.model.model_dump(include=set(OF_A_RUN)))
+        forest = load_for(spec, before[0].data)
+        edits = [*with_head(forest, before[0].edits), *(edit for stage in before[1:] for edit in stage.edits)]
+        apply_edits(forest, edits)
+        forest.model.requires_grad_(False)
+        return self._added(forest, edits)
+
+    def _added(self, forest: Forest, before: Sequence[Edit]) -> Forest:
         for place, edit in enumerate(self.edits, len(before)):
             add_edit(forest, edit, self.seed, place)
-        return forest, (*before, *self.edits)
+        return forest
 
     def corpus(self, forest: Forest) -> Corpus:
         """The recipe's data, tokenized for its model."""
-        corpus = prepare(
-            self.data, forest.tokenizer, self.batch.tokens, seed=self.seed,
-            cache=self.cache or self.output / "cache", packing=self.batch.packing,
-        )  # fmt: skip
+        corpus = self._prepared(self.data, forest, self.seed)
         if corpus.template is not None and not forest.tokenizer.chat_template:
             forest.tokenizer.chat_template = (
                 corpus.template.text
             )  # the default that was trained on goes with the artifact
         return corpus
 
+    def held_out(self, forest: Forest) -> Validation | None:
+        """What the held-out loss is measured on, the same rows whatever the seed; None where there is none."""
+        if self.validation is None:
+            return None
+        corpus = self._prepared(self.validation.data, forest, 0)
+        return Validation(corpus, min(self.validation.batches, corpus.batches_per_epoch), self.validation.every)
+
+    def _prepared(self, data: Sequence[DataSpec], forest: Forest, seed: int) -> Corpus:
+        return prepare(
+            data, forest.tokenizer, self.batch.tokens, seed=seed,
+            cache=self.cache or self.output / "cache", packing=self.batch.packing, form=form_of(forest),
+        )  # fmt: skip
+
     def job(self, forest: Forest, corpus: Corpus, steps: int, resume: bool = False) -> Job:
         """What the loop needs."""
-        decides = self.model_dump(mode="json", exclude={"output", "evaluate", "checkpoint", "cache"})
+        decides = self.model_dump(mode="json", exclude={"output", "evaluate", "validation", "checkpoint", "cache"})
         return Job(
-            model=forest, objective=self.objective, batches=corpus, optim=self.optim, steps=steps, folder=self.output,
-            seed=self.seed, checkpoints=self.checkpoint, not_finite=self.not_finite, recipe=decides, resume=resume,
+            model=forest, objective=objective_for(forest, self.objective, "objective" in self.model_fields_set), batches=corpus, optim=self.optim, steps=steps, folder=self.output,
+            edits=self.edits, seed=self.seed, checkpoints=self.checkpoint, not_finite=self.not_finite, recipe=decides, resume=resume,
+            validation=self.held_out(forest),
         )  # fmt: skip
 
     def facts(self, forest: Forest, corpus: Corpus, steps: int, last: dict[str, float]) -> dict[str, Any]:
@@ -126,8 +172,9 @@ class Recipe(Stage):
             "steps": steps,
             "last": last,
             "data": corpus.describe(),
-            "parameters": sum(p.numel() for p in weights),
+            "parameters": count_weights(forest.model),
             "trained": sum(p.numel() for p in weights if p.requires_grad),
+            "quantized": describe(forest.model),
             "versions": {
                 "fettle": fettle.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
                 "python": platform.python_version(), "machine": platform.machine(),

@@ -17,28 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fettle.quantize.grid import dynamic
+
 BLOCK = 256
 SMALLEST = 4096
 
 
-@cache
-def dynamic_code(signed: bool) -> Tensor:
-    """The 256 values of the code in [-1, 1] (or [0, 1]), sorted, float32.
-
-    An exponent of base ten is written in unary, the remaining bits split its interval linearly.
-    """
-    values = [0.0, 1.0]
-    bits = 7
-    for i in range(bits):
-        items = 2 ** (i + (0 if signed else 1)) + 1
-        edges = torch.linspace(0.1, 1.0, items, dtype=torch.float64)
-        middle = ((edges[1:] + edges[:-1]) / 2) * 10.0 ** (i - bits + 1)
-        values += middle.tolist()
-        if signed:
-            values += (-middle).tolist()
-    code = torch.tensor(sorted(values), dtype=torch.float32)
-    assert len(code) == 256, len(code)
-    return code
+dynamic_code = cache(dynamic)
 
 
 def quantize(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

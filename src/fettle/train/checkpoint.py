@@ -26,8 +26,8 @@ class CheckpointSpec(Spec):
     keep: int = Field(default=2, ge=1, description="how many of the newest to keep")
 
 
-def pack_state(masters: Masters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Everything that training changes, as named tensors: weights, masters, optimizer.
+def pack_state(masters: Masters, optimizer: torch.optim.Optimizer, edits: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that training changes, as named tensors: weights, masters, optimizer, and what the edits remember.
 
     Generators are not among it: the loop seeds them from (seed, index of the batch), so they have no history.
     """
@@ -39,10 +39,13 @@ def pack_state(masters: Masters, optimizer: torch.optim.Optimizer) -> dict[str, 
             tensors[f"master/{name}"] = master.detach()
         for key, value in optimizer.state.get(master, {}).items():
             tensors[f"optim/{key}/{name}"] = value
+    tensors |= {f"edit/{name}": value.detach() for name, value in edits.items()}
     return {key: value.cpu().contiguous() for key, value in tensors.items()}
 
 
-def unpack_state(tensors: dict[str, Tensor], masters: Masters, optimizer: torch.optim.Optimizer) -> None:
+def unpack_state(
+    tensors: dict[str, Tensor], masters: Masters, optimizer: torch.optim.Optimizer, edits: dict[str, Tensor]
+) -> None:
     """Put back what `pack_state` gave. FettleError where the trained weights are not the same ones."""
     saved = {key.removeprefix("weight/") for key in tensors if key.startswith("weight/")}
     if saved != set(masters.weights):
@@ -54,6 +57,8 @@ def unpack_state(tensors: dict[str, Tensor], masters: Masters, optimizer: torch.
             master = masters.masters[name]
             if master is not weight:
                 master.copy_(tensors[f"master/{name}"])
+        for name, value in edits.items():
+            value.copy_(tensors[f"edit/{name}"])
     for key, value in tensors.items():
         if key.startswith("optim/"):
             _, slot, name = key.split("/", 2)

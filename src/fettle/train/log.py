@@ -91,9 +91,13 @@ class Rate:
         (t0, n0), (t1, n1) = self._marks[0], self._marks[-1]
         return (n1 - n0) / max(t1 - t0, 1e-9)
 
+    def skip(self, seconds: float) -> None:
+        """Do not count time just spent on something else."""
+        self._marks = [(at + seconds, count) for at, count in self._marks]
+
 
 def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss by step with a running mean, the learning rate beneath."""
+    """Loss by step with a running mean, the held-out loss where there is one, the learning rate beneath."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -108,8 +112,11 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
         counts - np.concatenate([np.zeros(width), counts[:-width]]), 1
     )
     figure, (top, low) = plt.subplots(2, 1, figsize=(7, 4.6), sharex=True, height_ratios=[4, 1], layout="constrained")
-    top.plot(steps, loss, color="#b9c7d6", lw=0.9, label="each step")
-    top.plot(steps, mean, color="#1f4e79", lw=1.8, label=f"mean of {width} steps")
+    top.plot(steps, loss, color="#b9c7d6" if width > 1 else "#1f4e79", lw=0.9, label="each step")
+    if width > 1:
+        top.plot(steps, mean, color="#1f4e79", lw=1.8, label=f"mean of {width} steps")
+    if held := [(r["step"], r["validation_loss"]) for r in rows if r.get("validation_loss") is not None]:
+        top.plot(*zip(*held, strict=True), color="#c2410c", lw=1.4, marker="o", ms=3.5, label="held-out")
     top.set_ylabel("loss (nats a token)")
     top.legend(frameon=False)
     low.plot(steps, [r["lr"] for r in rows], color="#a0522d", lw=1.2)

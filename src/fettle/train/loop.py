@@ -2,34 +2,35 @@
 
 for each step:  sum the objective over the step's batches, backward on each sum
                 divide the gradient by the step's whole count   (so accumulation and sharding change nothing)
-                clip, update the masters, publish them to the weights
+                add the gradient of the edits' penalties
+                clip, update the masters, publish them to the weights, let the edits act
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import orjson
 import torch
 
 from fettle.core.batch import Batch
 from fettle.core.errors import FettleError
-from fettle.core.families import Objective
+from fettle.core.families import Edit, Objective
 from fettle.train import checkpoint
 from fettle.train.checkpoint import CheckpointSpec
 from fettle.train.log import Log, Rate
-from fettle.train.optim import Masters, OptimSpec, build, norm
+from fettle.train.optim import Masters, OptimSpec, build, norm, set_lr
 from fettle.train.parallel import World
+from fettle.train.seeds import seed_all
+from fettle.train.validation import Validation
 
 
 class Batches(Protocol):
@@ -58,12 +59,14 @@ class Job:
     optim: OptimSpec
     steps: int
     folder: Path
+    edits: Sequence[Edit] = ()  # those that train: asked for learning rates, penalties, actions after a step, state
     seed: int = 0
     checkpoints: CheckpointSpec = field(default_factory=CheckpointSpec)
     not_finite: Literal["stop", "skip"] = "stop"
     recipe: dict[str, Any] = field(default_factory=dict)  # what a checkpoint must agree with
     resume: bool = False
     quiet: bool = False
+    validation: Validation | None = None  # a held-out loss on the way
     on_row: Callable[[dict[str, Any]], None] = lambda row: None  # called with each step's figures
 
 
@@ -74,7 +77,9 @@ def fit(job: Job) -> dict[str, float]:
     masters = Masters((n, p) for n, p in job.model.model.named_parameters() if p.requires_grad)
     if not masters.weights:
         raise FettleError("edits: nothing trains; add an edit such as {kind: lora} or {kind: full}")
-    optimizer = build(job.optim, masters)
+    optimizer = build(
+        job.optim, masters, {k: v for edit in job.edits for k, v in edit.lr_scales(job.model.model).items()}
+    )
     start, said = _begin(job, masters, optimizer, world)
     log = Log(
         job.folder if world.first else job.folder / f"rank{world.rank}", start, quiet=job.quiet or not world.first
@@ -88,6 +93,11 @@ def fit(job: Job) -> dict[str, float]:
             for step in range(start, job.steps):
                 last = run_step(job, step, masters, optimizer, world)
                 last["tokens_per_second"] = rate.add(int(last["tokens"]))
+                if job.validation is not None and job.validation.due(step + 1, job.steps):
+                    found = job.validation.measure(job.model, job.objective, world)
+                    rate.skip(found["validation_seconds"])
+                    log.say(f"step {step + 1}: held-out loss {found.get('validation_loss', math.nan):.4f}")
+                    last |= found
                 log.row(last)
                 job.on_row(last)
                 show(step + 1, _line(last))
@@ -131,17 +141,20 @@ def run_step(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optim
             f"step {step + 1}: no weight received a gradient; the edits train nothing that the objective reaches"
         )
     torch._foreach_mul_(gradients, 1.0 / max(count.item(), 1e-12))
+    penalties = _penalize(job)
+    gradients = masters.gradients()
     size = norm(gradients).item()
     lr = job.optim.lr_at(step, job.steps)
-    row: dict[str, Any] = {"step": step + 1, **{k: (v / count).item() for k, v in sums.items()}}
+    row: dict[str, Any] = {"step": step + 1, **{k: (v / count).item() for k, v in sums.items()}, **penalties}
     finite = math.isfinite(size) and all(math.isfinite(row[k]) for k in sums)
     if finite:
         if job.optim.clip is not None and size > job.optim.clip:
             torch._foreach_mul_(gradients, job.optim.clip / size)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(optimizer, lr)
         optimizer.step()
         masters.publish()
+        for edit in job.edits:
+            edit.after_step(job.model.model, step, job.steps)
     elif job.not_finite == "stop":
         raise FettleError(_not_finite(step, row, size, names) + "; the weights are those of the step before")
     else:
@@ -152,12 +165,19 @@ def run_step(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optim
     return row
 
 
-def seed_all(seed: int, index: int) -> None:
-    """Seed Python's, numpy's and torch's generators for one batch: its randomness has no history to restore."""
-    mixed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-    random.seed(mixed)
-    np.random.seed(mixed)
-    torch.manual_seed(mixed)
+def _penalize(job: Job) -> dict[str, float]:
+    """Add the gradients of the edits' penalties; after the exchange between processes, each of which has them whole."""
+    found = [p for edit in job.edits if (p := edit.penalty(job.model.model)) is not None]
+    if not found:
+        return {}
+    total = torch.stack(found).sum()
+    total.backward()
+    return {"penalty": total.item()}
+
+
+def _edit_state(job: Job) -> dict[str, torch.Tensor]:
+    model = job.model.model
+    return {f"{i}/{name}": t for i, edit in enumerate(job.edits) for name, t in edit.state(model).items()}
 
 
 def _begin(job: Job, masters: Masters, optimizer: torch.optim.Optimizer, world: World) -> tuple[int, list[str]]:
@@ -175,16 +195,15 @@ def _begin(job: Job, masters: Masters, optimizer: torch.optim.Optimizer, world: 
         raise FettleError(
             f"{folder}: was written by another recipe; resume with the recipe of that run, or start afresh in another output"
         )
-    checkpoint.unpack_state(tensors, masters, optimizer)
+    checkpoint.unpack_state(tensors, masters, optimizer, _edit_state(job))
     return facts["step"], [*problems, f"resuming after step {facts['step']}"]
 
 
 def _save(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optimizer, world: World) -> None:
     if world.first:
         facts = {"recipe": fingerprint(job.recipe), "steps": job.steps}
-        checkpoint.save(
-            job.folder / "checkpoints", step, checkpoint.pack_state(masters, optimizer), facts, job.checkpoints.keep
-        )
+        state = checkpoint.pack_state(masters, optimizer, _edit_state(job))
+        checkpoint.save(job.folder / "checkpoints", step, state, facts, job.checkpoints.keep)
     world.wait()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -74,9 +74,8 @@ class Masters:
             if weight.dtype in (torch.float32, torch.float64):
                 self.masters[name] = weight
             else:
-                master = nn.Parameter(weight.detach().float())
-                self.masters[name] = master
-                self._hooks.append(weight.register_post_accumulate_grad_hook(_adder(master)))
+                self.masters[name] = nn.Parameter(weight.detach().float())
+                self._hooks.append(weight.register_post_accumulate_grad_hook(_adder(self.masters[name])))
 
     def gradients(self) -> list[Tensor]:
         """The gradients there are, float32 or wider, in the order of the weights."""
@@ -111,15 +110,25 @@ def _adder(master: nn.Parameter) -> Callable[[nn.Parameter], None]:
     return add
 
 
-def build(spec: OptimSpec, masters: Masters) -> torch.optim.Optimizer:
-    """The optimizer over the masters; matrices decay, vectors (norms, biases) do not."""
-    matrices = [m for m in masters.masters.values() if m.ndim > 1]
-    vectors = [m for m in masters.masters.values() if m.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": spec.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [g for g in groups if g["params"]]
+def build(spec: OptimSpec, masters: Masters, scales: Mapping[str, float] | None = None) -> torch.optim.Optimizer:
+    """The optimizer over the masters; matrices decay, vectors (norms, biases) do not.
+
+    `scales` are factors on the learning rate by the name of a weight; a group keeps its own as `lr_scale`.
+    """
+    alike: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, master in masters.masters.items():
+        decay = spec.weight_decay if master.ndim > 1 else 0.0
+        alike.setdefault((decay, (scales or {}).get(name, 1.0)), []).append(master)
+    groups = [{"params": p, "weight_decay": decay, "lr_scale": scale} for (decay, scale), p in alike.items()]
     if spec.kind == "adamw8bit":
         return AdamW8bit(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
     return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group the learning rate, times its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 def norm(gradients: list[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ def test_targets_are_the_next_learned_token_of_the_same_segment() -> None:
     assert batch.tokens.tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
     assert batch.targets.tolist() == [IGNORE, 7, IGNORE, 9, IGNORE, IGNORE, IGNORE, IGNORE]
     assert batch.weights.tolist() == [0, 1, 0, 0.5, 0, 0, 0, 0]
-    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
     assert batch.names == ("a:1", "b:2", "") and batch.useful == 5
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fettle.core.errors import FettleError
-from fettle.core.files import new_folder, read_json, verify, write_bytes
+from fettle.core.files import new_file, new_folder, read_json, verify, write_bytes
 
 
 def make(folder: Path) -> Path:
@@ -58,6 +58,19 @@ def test_replacing_a_folder_and_a_file(tmp_path: Path) -> None:
     write_bytes(tmp_path / "x", b"22")
     assert (tmp_path / "x").read_bytes() == b"22"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "x"]
+
+
+def test_a_streamed_file_is_whole_or_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "x"
+    with new_file(path) as handle:
+        handle.write(b"first ")
+        handle.write(b"half")
+        assert not path.exists()
+    with pytest.raises(RuntimeError), new_file(path) as handle:
+        handle.write(b"torn")
+        raise RuntimeError
+    assert path.read_bytes() == b"first half"
+    assert [p.name for p in path.parent.iterdir()] == ["x"]
 
 
 def test_broken_json_names_its_file(tmp_path: Path) -> None:

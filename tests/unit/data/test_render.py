@@ -80,7 +80,7 @@ def test_attacks_end(worker: Worker, name: str) -> None:
         if name in STOPPED:
             assert re.search("does not end within|memory|without end|Range too big", found[0].error), found[0].error
         assert found[1].text == "a!", "the job after the attack is answered as if nothing had happened"
-    assert time.monotonic() - began < 10  # 2 s of the worker's processor time, on a machine that does other things too
+    assert time.monotonic() - began < 60  # 2 s of the worker's processor time, on a machine that does other things too
 
 
 @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="the limits of a process are read from /proc")

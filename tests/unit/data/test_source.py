@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -207,6 +208,37 @@ def test_without_a_cache_nothing_stays(tmp_path: Path, tokenizer, monkeypatch: p
     assert folder.exists()
     del corpus
     assert not folder.exists()
+
+
+ROOT = Path(__file__).parents[3]
+TEMPORARY = """
+import os, pathlib, sys
+sys.path[:0] = sys.argv[3:]
+from conftest import small_tokenizer
+from fettle.core import FettleError
+from fettle.data import DataSpec, prepare
+kept = []
+for path in sys.argv[1:3]:
+    try:
+        kept.append(prepare([DataSpec(path=path, format="text")], small_tokenizer(), 64))
+    except FettleError as error:
+        print(error)
+        named = str(error).rpartition("with reasons: ")[2].split(" (")[0]
+        assert "until this process ends" in str(error) and pathlib.Path(named).is_file(), named
+print(len(list(pathlib.Path(os.environ["TMPDIR"]).glob("fettle-data-*"))))
+{end}
+"""
+
+
+@pytest.mark.parametrize("end", ["", "raise RuntimeError('lost')", "sys.exit(3)"])
+def test_without_a_cache_nothing_stays_after_the_process(tmp_path: Path, end: str) -> None:
+    good, bad = texts(tmp_path / "a.jsonl"), jsonl(tmp_path / "b.jsonl", [{"text": "a"}, "no row", "none"])
+    (tmp_path / "temporary").mkdir()
+    script = [sys.executable, "-c", TEMPORARY.replace("{end}", end), good, bad, str(ROOT / "tests"), str(ROOT / "src")]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    done = subprocess.run(script, check=False, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["2"], done.stderr
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 BAD = [

@@ -8,7 +8,8 @@ import orjson
 import pytest
 
 from fettle.core import FettleError
-from fettle.evaluate import Perplexity, Results, TaskFile, compare, evaluate
+from fettle.evaluate import Perplexity, Results, TaskFile, compare, evaluate, picture
+from fettle.evaluate.interval import mean_interval
 from fettle.evaluate.results import Result, Row, difference_table, draw
 from fettle.evaluate.run import prompt_text
 from fettle.generate import Sampling, generate, prompter
@@ -117,9 +118,11 @@ def made(scores: list[float], sha: str = "x", **settings: object) -> Results:
 def test_compare_is_paired() -> None:
     a, b = [0.0, 1.0] * 20, [1.0, 1.0] * 20
     (found,) = compare(made(a), made(b))
-    assert (found.a, found.b, found.change.mean) == (0.5, 1.0, 0.5)
-    assert 0.3 < found.change.low < 0.5 < found.change.high < 0.7
-    assert found.families["odd"].mean == 1 and found.families["even"].mean == 0
+    total, odd, even = found.total, found.families["odd"], found.families["even"]
+    assert (total.a, total.b, total.change.mean) == (0.5, 1.0, 0.5)
+    assert 0.3 < total.change.low < 0.5 < total.change.high < 0.7
+    assert (odd.a, odd.b, odd.change.mean) == (0, 1, 1) and 0.6 < odd.change.low < odd.change.high == 1
+    assert (even.a, even.b, even.change.mean) == (1, 1, 0) and even.change.low < 0 < even.change.high
     assert found.notes == ()
     (noted,) = compare(made(a, shots=0), made(b, shots=2))
     assert noted.notes == ("shots differs: 0 and 2",)
@@ -134,6 +137,42 @@ def test_compare_refuses_what_is_not_comparable(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"model": {}, "results": [{}]}')
     with pytest.raises(FettleError, match=r"results\.json: not a results file"):
         compare(tmp_path, made([1.0]))
+
+
+def grouped(right: float) -> Results:
+    """Two files that share a cluster's name; four families in two clusters each."""
+    found = []
+    for name in ("a.jsonl", "b.jsonl"):
+        rows = [Row(f"{name}:{i}", f"family {i % 4}", f"cluster {i % 2}", "exact", right, "", "") for i in range(1, 41)]
+        found.append(Result.of_rows(name, "x", {"seed": 0}, rows, {}))
+    return Results({"path": "m"}, tuple(found))
+
+
+def test_clusters_stand_for_their_families_in_table_and_picture(tmp_path: Path, monkeypatch) -> None:
+    before, after, titles = grouped(0.0), grouped(1.0), {"b.jsonl": "new tasks"}
+    table = difference_table(compare(before, after), titles)
+    assert list(table.columns[0].cells) == ["a.jsonl", "  cluster 0", "  cluster 1", "new tasks", "  cluster 0", "  cluster 1"]  # fmt: skip
+    drawn: list[picture.Group] = []
+    monkeypatch.setattr(picture, "bars", lambda groups, models, file: drawn.extend(groups))
+    draw({"before": before, "after": after}, tmp_path / "p.png", titles)
+    assert [(g.label, g.total) for g in drawn] == [
+        ("a.jsonl", True), ("cluster 0", False), ("cluster 1", False), ("new tasks", True), ("cluster 0", False), ("cluster 1", False),
+    ]  # fmt: skip
+    assert all((g.scores["before"].mean, g.scores["after"].mean) == (0, 1) for g in drawn)
+    assert len(before.results[0].families) == 4
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_no_font_has_is_escaped(tmp_path: Path, monkeypatch) -> None:
+    from matplotlib import font_manager
+
+    bundled = [f for f in font_manager.fontManager.ttflist if f.name.startswith(("DejaVu Sans", "Last Resort"))]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", bundled)
+    fonts = picture.legible(["分类", "a"])
+    assert [fonts.show(t) for t in ("分类", "é", "$a$")] == [r"\u5206\u7c7b", "é", r"\$a\$"]
+    groups = [picture.Group("分类", {"模型": mean_interval([0.0, 1.0])}, True)] * 99
+    picture.bars(groups, ["模型", "b"], tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
 def test_picture_of_two(tmp_path: Path) -> None:

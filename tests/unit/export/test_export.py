@@ -71,7 +71,9 @@ def test_full_tuning_exports(tiny_llama: Path, tmp_path: Path) -> None:
         tensor.mul_(1.01)
     assert export(forest, [edit], tmp_path / "hf", "hf").largest_difference < 1e-5
     assert export(forest, [edit, Freeze(targets="lm_head")], tmp_path / "llama", "llama").effect_kept is None
-    with pytest.raises(FettleError, match="one LoRA and nothing else, the edits here are: Full"):
+    with pytest.raises(
+        FettleError, match="a peft folder holds one LoRA or .* and nothing else, the edits here are: Full"
+    ):
         export(forest, [edit], tmp_path / "peft", "peft")
 
 
@@ -141,13 +143,13 @@ def test_peft_round_trip(tiny_llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"peft_type": "IA3"}, "holds a IA3 adapter"),
+        ({"peft_type": "LOHA"}, "holds a LOHA adapter"),
         ({"r": 0}, "'r' is 0; expected a positive number"),
         ({"r": 5}, "rank 4 and 4, but adapter_config.json says r = 5"),
         ({"bias": "all"}, "trained biases"),
-        ({"use_dora": True}, "DoRA's magnitudes"),
+        ({"use_dora": True}, "no magnitude of DoRA, though adapter_config.json says use_dora: True"),
         ({"modules_to_save": ["lm_head"]}, "whole modules beside the adapter"),
-        ({"rank_pattern": {"q_proj": 8}}, "ranks that differ"),
+        ({"rank_pattern": {"q_proj": 8}}, "q_proj has rank 4 and 4, but adapter_config.json says r = 8"),
         ({"init_lora_weights": "pissa"}, "changed the base's weights too"),
     ],
 )

@@ -30,7 +30,7 @@ def talk(forests, text: str, terminal: bool = False, **more) -> str:
 def test_turns_and_commands(forest: Forest, monkeypatch) -> None:
     asked: list[list[dict[str, str]]] = []
 
-    def scripted(_forest, prompt, _sampling):
+    def scripted(_forest, prompt, _sampling, _memory):
         asked.append(prompt)
         yield from ("ans", "wer")
 

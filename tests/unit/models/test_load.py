@@ -186,3 +186,87 @@ def test_devices() -> None:
 
 def test_the_allocator_takes_the_setting() -> None:
     assert keep_pages() in (True, False)
+
+
+VISION = {"hidden_size": 16, "num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+TEXT = {
+    **SMALL,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "max_position_embeddings": 64,
+}
+SEEING: dict[str, dict[str, Any]] = {
+    "mllama": {
+        "text_config": TEXT | {"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        "vision_config": VISION | {
+            "intermediate_size": 24, "attention_heads": 2, "num_global_layers": 1, "vision_output_dim": 32,
+            "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]],
+        },
+    },
+    "llama4": {
+        "text_config": TEXT | {"intermediate_size_mlp": 24, "num_local_experts": 2, "attention_chunk_size": 64},
+        "vision_config": VISION | {
+            "intermediate_size": 64, "num_attention_heads": 2, "vision_output_dim": 16, "projector_input_dim": 16,
+            "projector_output_dim": 16, "pixel_shuffle_ratio": 0.5,
+        },
+    },
+}  # fmt: skip
+
+
+def seeing(folder: Path, kind: str, change: Any = None) -> Path:
+    """A folder with a random model of text and images; `change` may do something to its tensors before they are written."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **SEEING[kind]))
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    if change is not None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("kind", SEEING)
+def test_the_text_part_of_a_model_that_sees(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    folder = seeing(tmp_path / "m", kind)
+    model = loading.pretrained(spec(folder, task="causal"), torch.float32).eval()
+    said = capsys.readouterr().err.strip().splitlines()
+    parts = [line for line in said if "left out" in line]
+    assert len(parts) == 1 and f"{folder}: only the text part is loaded; left out: vision_model (" in parts[0]
+    assert "multi_modal_projector (" in parts[0] and "tensors)" in parts[0]
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, whole(input_ids=ids).logits)
+    forest = loading.load(spec(folder))  # proven to train on what it computes
+    assert forest.model.base_model is forest.model.model
+
+
+def test_only_other_parts_are_left_out(tmp_path: Path) -> None:
+    def one_more(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(
+            n for n in tensors if "layers.1." in n and n.endswith("input_layernorm.weight") and "vision" not in n
+        )
+        tensors[name.replace("layers.1.", "layers.2.")] = tensors[name].clone()
+
+    def one_less(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[
+            next(n for n in tensors if "layers.1." in n and n.endswith("input_layernorm.weight") and "vision" not in n)
+        ]
+
+    refused(
+        seeing(tmp_path / "more", "mllama", one_more),
+        r"has, unasked, 1 of the weights .*layers\.2\.input_layernorm",
+        task="causal",
+    )
+    refused(
+        seeing(tmp_path / "less", "mllama", one_less),
+        r"lacks 1 of the weights .*layers\.1\.input_layernorm",
+        task="causal",
+    )

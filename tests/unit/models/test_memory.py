@@ -187,3 +187,17 @@ def test_peak_is_measured_afresh() -> None:
     touched(128 << 20)
     assert memory.measure_peak() - base > 100 << 20
     assert memory.available() > 0
+
+
+def test_saved_bytes_are_those_of_storages_that_the_graph_holds() -> None:
+    model = torch.nn.Linear(8, 4, bias=False)
+    x, other = torch.randn(16, 8), torch.randn(16, 4)
+
+    def run() -> torch.Tensor:
+        (model(torch.randn(512, 8)) ** 2).sum()  # its graph is gone before the end
+        y = model(x)  # keeps x
+        return (y * other + y[:2].square().sum()).sum()  # keeps other, and y of which it sees a part
+
+    assert memory.saved_bytes(model, run) == 4 * (16 * 8 + 16 * 4 + 16 * 4)
+    model.requires_grad_(False)
+    assert memory.saved_bytes(model, run) == 0

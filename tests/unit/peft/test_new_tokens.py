@@ -1,0 +1,125 @@
+"""New tokens: in the tokenizer, in the model, through an artifact, in what the model says, in what is exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fettle.core.errors import FettleError
+from fettle.export import export
+from fettle.models.forest import Forest
+from fettle.models.load import load
+from fettle.models.spec import ModelSpec
+from fettle.peft import LoRA, NewTokens
+from fettle.peft.new_tokens import GrownEmbedding, GrownHead
+from fettle.stages.artifact import apply_edits, open_artifact, save_artifact
+
+EDIT = NewTokens(tokens=("quokka", "zebu herd"))
+
+
+def opened(folder: Path) -> Forest:
+    return load(ModelSpec(path=str(folder), dtype="float32", device="cpu"))
+
+
+def logits(model: Any, ids: list[int]) -> torch.Tensor:
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def stirred(forest: Forest, edit: NewTokens = EDIT) -> Forest:
+    generator = torch.Generator().manual_seed(1)
+    for tensor in edit.tensors(forest.model).values():
+        tensor.add_(torch.randn(tensor.shape, generator=generator))
+    return forest
+
+
+def test_the_tokenizer_reads_a_new_word_whole_and_its_rows_start_from_its_pieces(tiny_llama: Path) -> None:
+    forest = opened(tiny_llama)
+    before = len(forest.tokenizer)
+    pieces = forest.tokenizer.encode("quokka", add_special_tokens=False)
+    table = forest.model.get_input_embeddings().weight.detach().clone()
+    apply_edits(forest, [EDIT])
+    assert len(pieces) > 1
+    ids = forest.tokenizer.encode("a quokka and zebu herd", add_special_tokens=False)
+    assert before in ids and before + 1 in ids
+    assert forest.tokenizer.decode([before]) == "quokka"
+    row = forest.model.get_input_embeddings()(torch.tensor([before]))[0]
+    assert torch.allclose(row, table[pieces].mean(0), atol=1e-6)
+    assert {name.rpartition(".")[2] for name in EDIT.tensors(forest.model)} == {"rows"}
+    assert logits(forest.model, ids).shape[-1] == before + 2 == forest.config.vocab_size
+
+
+def test_the_mean_of_all_rows(tiny_llama: Path) -> None:
+    forest = opened(tiny_llama)
+    table = forest.model.get_input_embeddings().weight.detach().clone()
+    apply_edits(forest, [EDIT.model_copy(update={"init": "mean"})])
+    found = forest.model.get_input_embeddings()(torch.tensor([len(table), len(table) + 1]))
+    assert torch.allclose(found, table.mean(0).expand(2, -1), atol=1e-6)
+
+
+def test_an_artifact_gives_tokens_and_rows_back(tiny_llama: Path, tmp_path: Path) -> None:
+    forest = opened(tiny_llama)
+    edits = (LoRA(rank=2), EDIT)
+    apply_edits(forest, edits)
+    stirred(forest)
+    save_artifact(tmp_path / "artifact", forest, edits, {})
+    again, back = open_artifact(tmp_path / "artifact")
+    assert back == edits
+    ids = forest.tokenizer.encode("The quokka sells a zebu herd", add_special_tokens=False)
+    assert again.tokenizer.encode("The quokka sells a zebu herd", add_special_tokens=False) == ids
+    assert torch.equal(logits(again.model, ids), logits(forest.model, ids))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_export_is_a_plain_model_with_the_tokens(tiny_llama: Path, tmp_path: Path, tied: bool) -> None:
+    if tied:
+        config = AutoConfig.from_pretrained(tiny_llama, tie_word_embeddings=True)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "tied")
+    forest = stirred(apply_edits(opened(tmp_path / "tied" if tied else tiny_llama), [EDIT]))
+    assert len(EDIT.tensors(forest.model)) == (1 if tied else 2)
+    export(forest, [EDIT], tmp_path / "out", "hf")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
+    ids = tokenizer.encode("a quokka", add_special_tokens=False)
+    assert ids == forest.tokenizer.encode("a quokka", add_special_tokens=False)
+    assert torch.allclose(logits(model, ids), logits(forest.model, ids), atol=1e-5)
+    assert model.config.vocab_size == len(tokenizer) and model.config.tie_word_embeddings == tied
+
+
+def test_the_model_learns_to_say_a_new_word(tiny_llama: Path) -> None:
+    forest = apply_edits(opened(tiny_llama), [EDIT])
+    new = forest.tokenizer.convert_tokens_to_ids("quokka")
+    prompt = torch.tensor([forest.tokenizer.encode("The baker sells", add_special_tokens=False)])
+    rows = [p for p in forest.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(rows, lr=0.3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(forest.model(input_ids=prompt).logits[:, -1], torch.tensor([new])).backward()
+        optimizer.step()
+    said = forest.model.generate(prompt, max_new_tokens=1, do_sample=False)[0, -1]
+    assert int(said) == new and forest.tokenizer.decode([int(said)]) == "quokka"
+
+
+def test_rows_that_a_model_has_to_spare_are_used(tiny_llama: Path) -> None:
+    forest = opened(tiny_llama)
+    forest.model.resize_token_embeddings(len(forest.tokenizer) + 1)
+    rows, base = len(forest.tokenizer) + 1, len(forest.tokenizer)
+    apply_edits(forest, [EDIT])
+    stirred(forest)
+    ids = [3, base, base + 1]
+    tuned = logits(forest.model, ids)
+    assert tuned.shape[-1] == rows + 1 == forest.config.vocab_size
+    EDIT.merge(forest.model)
+    assert not any(isinstance(m, GrownEmbedding | GrownHead) for m in forest.model.modules())
+    assert torch.allclose(logits(forest.model, ids), tuned, atol=1e-6)
+
+
+def test_a_known_token_is_refused(tiny_llama: Path) -> None:
+    with pytest.raises(FettleError, match="is in the tokenizer already"):
+        apply_edits(opened(tiny_llama), [NewTokens(tokens=("<|im_end|>",))])
