@@ -11,6 +11,7 @@ PY := $(VENV)/bin/python
 FETTLE := $(VENV)/bin/fettle
 RUN_READY := $(VENV)/.ready-run
 TEST_READY := $(VENV)/.ready-test
+BENCH_READY := $(VENV)/.ready-bench
 
 # The first Python from 3.11 to 3.13 on the PATH; PYTHON=/path/to/python overrides it.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
@@ -18,9 +19,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 
 # Two test processes of one thread each: torch's threads spin when they outnumber the cores. JOBS=4 for more.
 JOBS ?= 2
+BENCH ?= sft peft
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help demo demo-short test test-slow lint format base clean
+.PHONY: help demo demo-short test test-slow bench lint format base clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -36,6 +38,9 @@ test: $(TEST_READY)  ## every test but the slow ones; ARGS='-k lora' picks
 
 test-slow: $(TEST_READY)  ## the slow ones: kills, trajectories, claims
 	$(PYTEST) -m slow $(ARGS)
+
+bench: $(BENCH_READY)  ## side by side with peers, about 10 minutes each on a quiet machine; BENCH=peft picks, ARGS='--quick' tries
+	for name in $(BENCH); do $(PY) benchmarks/$$name.py $(ARGS); done
 
 lint: $(TEST_READY)  ## ruff and mypy
 	$(PY) -m ruff check .
@@ -62,4 +67,8 @@ $(RUN_READY): pyproject.toml constraints.txt | $(PY)
 
 $(TEST_READY): pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
+	@touch $@ $(RUN_READY)
+
+$(BENCH_READY): pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt
 	@touch $@ $(RUN_READY)
