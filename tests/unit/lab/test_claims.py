@@ -192,7 +192,6 @@ def test_a_name_that_is_no_claim_is_told_the_nearest() -> None:
         find("lore")
 
 
-@pytest.mark.slow
 def test_a_smaller_base_is_pretrained_once_and_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fettle.stages import open_model
 

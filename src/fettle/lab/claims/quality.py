@@ -26,7 +26,7 @@ def lora_is_full(found: Found) -> list[str]:
     return [
         f"lora is at most a point below full tuning: {holds(scores['lora'], scores['full'], -POINT)}",
         f"lora trains {share:.2f}% of the weights: {'holds' if share < 2 else 'does not hold here'} (under 2%)",
-        f"tuned beats base: {holds(scores['lora'], scores[CONTROL])}",
+        f"lora beats base: {holds(scores['lora'], scores[CONTROL])}",
     ]
 
 
@@ -59,8 +59,8 @@ CLAIMS = (
         plan=edited({"full": FULL, "lora": "{kind: lora, rank: 3}"}),
         verdict=lora_is_full,
         shows=(SKILLS_FILE, SHARE),
-        settings=("optim.steps=300", "batch.tokens=1024"),
-        rates={"full": FULL_RATES, "lora": (5e-3, 1e-2, 2e-2)},
+        settings=("optim.steps=400", "batch.tokens=1024"),
+        rates={"full": FULL_RATES, "lora": (3e-3, 6e-3, 1.2e-2)},
         each=100,
     ),
     Claim(
