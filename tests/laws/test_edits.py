@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -425,3 +426,78 @@ def test_bad_targets_and_sizes_are_sentences() -> None:
     ]:
         with pytest.raises(FettleError, match=said):
             edit.apply(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bert"])
+def test_adapters_around_a_grown_vocabulary_merge(kind: str) -> None:
+    model = build(kind)
+    names = {id(m): n for n, m in model.named_modules()}
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    targets = tuple(names[id(m)] for m in ends if m is not None)
+    edits = [NewTokens(tokens=("one", "two")), LoRA(rank=2, targets=targets), NewTokens(tokens=("three",))]
+    for edit in edits:
+        edit.apply(model)
+    assert model.config.vocab_size == VOCABULARY + 3
+    disturb(model)
+    ids = with_new(TOKENS, model)
+    tuned = logits(model, ids)
+    for edit in edits:
+        edit.merge(model)
+    assert torch.allclose(logits(model, ids), tuned, atol=1e-10, rtol=1e-8)
+
+
+def test_equal_edits_of_a_list_are_two_also_in_a_copy() -> None:
+    model = build("llama")
+    edits = [LoRA(rank=2), LoRA(rank=2)]
+    for edit in edits:
+        edit.apply(model)
+    assert edits[0] == edits[1]
+    for there in (model, copy.deepcopy(model)):
+        inner, outer = (set(edit.tensors(there)) for edit in edits)
+        assert inner and not inner & outer and all(".base." in name for name in inner)
+    assert set(LoRA(rank=2).tensors(model)) == inner | outer  # read again, it is as good as either
+
+
+@pytest.mark.parametrize("other", [LoRA(rank=2), NewTokens(tokens=("one",)), BitFit(), Norms(), PromptTuning(tokens=2)])
+def test_full_owns_the_weights_of_the_model_alone(other: Edit) -> None:
+    for edits in ([Full(), other], [other, Full()]):
+        model = build("llama")
+        own = {id(p) for p in model.parameters()}
+        for edit in edits:
+            edit.apply(model)
+        full, added = (next(e for e in edits if isinstance(e, Full) == is_full) for is_full in (True, False))
+        assert {id(p) for n, p in model.named_parameters() if n in full.tensors(model)} == own
+        assert not set(full.tensors(model)) & set(added.tensors(model))
+        assert set(trained(model)) == set(full.tensors(model)) | set(added.tensors(model))
+
+
+def test_a_quantizer_refuses_what_an_edit_before_it_trains_also_in_a_later_stage() -> None:
+    for later in (False, True):
+        model = build("llama", torch.float32)
+        Full(targets=r".*\.1\..*").apply(model)
+        if later:
+            model.requires_grad_(False)
+        with pytest.raises(
+            FettleError, match=r"nf4 comes after an edit that trains model\.layers\.1\.\S+,.* put nf4 before it"
+        ):
+            NF4().apply(model)
+    model = build("llama", torch.float32)
+    Full(targets=r".*\.1\..*").apply(model)
+    NF4(targets=r".*\.0\..*").apply(model)
+    assert len(trained(model)) == len(Full(targets=r".*\.1\..*").tensors(model))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bert"])
+def test_either_name_of_a_tied_weight_means_it(kind: str) -> None:
+    if kind == "bert":
+        auto, settings = AutoModelForMaskedLM, BERT
+        model = auto.from_config(AutoConfig.for_model("bert", vocab_size=VOCABULARY, **settings)).requires_grad_(False)
+    else:
+        model = build(kind)
+    head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    Full(targets=(head,)).apply(model)
+    weight = model.get_output_embeddings().weight
+    assert weight is model.get_input_embeddings().weight and weight.requires_grad
+    assert any(t.data_ptr() == weight.data_ptr() for t in Full(targets=(head,)).tensors(model).values())
+    Freeze(targets=(head,)).apply(model)
+    assert not weight.requires_grad

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,17 +19,19 @@ from transformers import AutoModelForSeq2SeqLM as Pairs
 from transformers import AutoModelForSequenceClassification as Classify
 from transformers import AutoModelForTokenClassification as Tag
 
-from fettle.core.batch import IGNORE, Batch, with_prefix
+from fettle.core.batch import IGNORE, Batch, Example, Node, pack, with_prefix
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.generate import Sampling, generate
 from fettle.models import prompt
 from fettle.models.forest import Forest
-from fettle.models.load import checkpoint_layers
+from fettle.models.load import checkpoint_layers, load
 from fettle.models.memory import predict, worst_batch
+from fettle.models.spec import ModelSpec
 from fettle.models.words import lend
 from fettle.peft import Full, HybridPrompt, LoRA, PrefixTuning, PromptTuning, PTuning, PTuningV2
 from laws.test_forest import CONFIGS, LENGTH, VOCABULARY, backends, check, forest_batch, tiny
+from small import make
 
 P = 3
 PLAIN = [
@@ -460,3 +463,19 @@ def test_a_model_whose_head_passes_the_body_by_is_refused() -> None:
     model.forward = lambda input_ids: None  # as an architecture that calls its layers one by one
     with pytest.raises(FettleError, match="does not call LlamaModel as a whole"):
         PLAIN[0].apply(model)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("bert", 64), ("bert", 66), ("roberta", 70)])
+def test_texts_as_long_as_an_encoder_with_a_prompt_can_see(kind: str, size: int, tmp_path: Path) -> None:
+    forest = load(
+        ModelSpec(path=str(make(kind, tmp_path, max_position_embeddings=size)), task="tag", labels=("a", "b"))
+    )
+    PromptTuning(tokens=3).apply(forest.model)
+    longest = forest.context
+    assert longest is not None and longest % 32
+    ids = torch.randint(5, 40, (longest,), generator=torch.Generator().manual_seed(1))
+    batch = pack([Example((Node(ids.int().numpy(), np.zeros(longest, np.float32), causal=False),), "x")], longest, 0)
+    forest.model.eval()
+    with torch.no_grad():
+        alone = forest.model.base_model(input_ids=ids[None]).last_hidden_state[0]
+        assert torch.allclose(forest.hidden(batch), alone, atol=1e-5)

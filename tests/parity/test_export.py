@@ -9,13 +9,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from fettle.core.files import read_json
 from fettle.export import export, load_peft
+from fettle.export.parity import plain_logits, probes
 from fettle.models.forest import Forest
 from fettle.models.load import load
 from fettle.models.spec import ModelSpec
-from fettle.peft import AdaLoRA, LoRA
+from fettle.peft import IA3, AdaLoRA, LoRA, PTuningV2, TaskHead
 from fettle.peft.adalora import AdaLoRALinear
 from fettle.peft.lora import LoRALinear
+from fettle.quantize import NF4
+from fettle.stages.artifact import apply_edits
+from small import make
 
 peft: Any = pytest.importorskip("peft")
 TOKENS = torch.randint(0, 300, (2, 23), generator=torch.Generator().manual_seed(0))
@@ -83,7 +88,7 @@ def test_pefts_adapters_load_here(tiny_llama: Path, tmp_path: Path, name: str) -
     theirs.save_pretrained(tmp_path / "adapter")
     forest = opened(tiny_llama)
     base = logits(forest.model)
-    edit = load_peft(forest, tmp_path / "adapter")
+    (edit,) = load_peft(forest, tmp_path / "adapter")
     assert torch.allclose(logits(forest.model), logits(theirs), atol=1e-5)
     assert not torch.allclose(base, logits(theirs), atol=1e-2)
     export(forest, [edit], tmp_path / "again", "peft")  # and out again
@@ -161,7 +166,7 @@ def test_pefts_adalora_loads_as_a_lora(tiny_llama: Path, tmp_path: Path) -> None
         theirs.zero_grad()
     theirs.save_pretrained(tmp_path / "adapter")
     forest = opened(tiny_llama)
-    edit = load_peft(forest, tmp_path / "adapter")
+    (edit,) = load_peft(forest, tmp_path / "adapter")
     assert sum(len(m.a) for m in forest.model.modules() if isinstance(m, LoRALinear)) == 2 * 4
     assert torch.allclose(logits(forest.model), logits(theirs), atol=1e-5)
     assert edit.kind == "lora"
@@ -245,3 +250,44 @@ def test_llama_file_converts_back_to_the_merged_model(tmp_path: Path, tokenizer,
             assert torch.equal(stored[f"{meta}{theirs}.weight"], wanted[f"{block}{ours}.weight"])
     assert torch.equal(stored["output.weight"], wanted["lm_head.weight"])
     assert torch.equal(stored["tok_embeddings.weight"], wanted["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("edit", [LoRA(rank=2), IA3()], ids=lambda e: e.kind)
+@pytest.mark.parametrize(
+    ("kind", "task", "said"),
+    [
+        ("bert", "classify", "SEQ_CLS"), ("roberta", "classify", "SEQ_CLS"), ("roberta", "tag", "TOKEN_CLS"),
+        ("t5", "causal", "SEQ_2_SEQ_LM"),
+    ],
+)  # fmt: skip
+def test_other_kinds_of_models_are_read_by_peft(
+    kind: str, task: str, said: str, edit: LoRA | IA3, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    labels = {"labels": ("no", "maybe", "yes")} if task != "causal" else {}
+    spec = ModelSpec(path=str(make(kind, tmp_path / "base")), dtype="float32", task=task, **labels)
+    forest = load(spec)
+    edits = [edit, TaskHead()] if labels else [edit]
+    apply_edits(forest, edits)
+    with torch.no_grad():
+        for tensor in (t for e in edits for t in e.tensors(forest.model).values()):
+            tensor.add_(0.1 * torch.randn_like(tensor))
+    parity = export(forest, edits, tmp_path / "out", "peft")
+    assert parity.checked_with == "peft" and parity.largest_difference < 1e-5
+    config = read_json(tmp_path / "out" / "adapter_config.json")
+    assert config["task_type"] == said and bool(config["modules_to_save"]) == bool(labels)
+    rows = probes(40, 30)
+    theirs = PeftModel.from_pretrained(load(spec.model_copy(update={"seed": 5})).model, tmp_path / "out")
+    ours = load(spec.model_copy(update={"seed": 5}))
+    assert len(load_peft(ours, tmp_path / "out")) == len(edits)
+    expected = plain_logits(forest.model, rows)
+    for found in (plain_logits(theirs, rows), plain_logits(ours.model, rows)):
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_prompt_on_four_bits_is_written_and_comes_back(tiny_llama: Path, tmp_path: Path) -> None:
+    forest, edits = load(ModelSpec(path=str(tiny_llama), dtype="float32")), [NF4(), PTuningV2(tokens=3)]
+    apply_edits(forest, edits)
+    parity = export(forest, edits, tmp_path / "out", "peft")
+    assert parity.checked_with == "fettle" and parity.largest_difference < 1e-5

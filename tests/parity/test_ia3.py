@@ -67,7 +67,7 @@ def test_pefts_folder_loads_here_and_goes_out_again(
     stirred(p for n, p in theirs.named_parameters() if "ia3_l" in n)
     theirs.save_pretrained(tmp_path / "theirs")
     forest = opened(bases[base])
-    edit = load_peft(forest, tmp_path / "theirs")
+    (edit,) = load_peft(forest, tmp_path / "theirs")
     assert (edit == IA3()) == (targets == "usual")
     assert torch.allclose(logits(forest.model), logits(theirs), atol=1e-5)
     export(forest, [edit], tmp_path / "ours", "peft")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field
 
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 
 class Edit(Spec):
-    """A change to a model: adapters, a quantizer, a freeze. Applied in the order of the recipe."""
+    """A change to a model: adapters, a quantizer, a freeze. Applied in the order of the recipe.
+
+    What it puts into a model holds it, and finds it again by identity: two equal edits of a list are two.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Itself, which never changes: a copy of a model has the same edits."""
+        return self
 
     def apply(self, model: nn.Module) -> None:
         """Change the model in place and mark what trains (`requires_grad`)."""

@@ -15,23 +15,14 @@ from fettle.export.parity import Parity as Parity
 from fettle.export.peft import export_peft as export_peft
 from fettle.export.peft import load_peft as load_peft
 from fettle.export.peft import read_peft as read_peft
-from fettle.export.peft_prompts import export_prompt as export_prompt
-from fettle.export.peft_prompts import load_prompt as load_prompt
-from fettle.export.peft_prompts import read_prompt as read_prompt
-from fettle.models import prompt
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
 
 
-def _as_peft(forest: Forest, edits: Sequence[Edit], folder: Path) -> Parity:
-    write = export_peft if prompt.find(forest.model) is None else export_prompt
-    return write(forest, edits, folder)
-
-
 FORMATS: dict[str, Callable[[Forest, Sequence[Edit], Path], Parity]] = {
     "hf": export_hf,
-    "peft": _as_peft,
+    "peft": export_peft,
     "llama": export_llama,
 }
 

@@ -5,6 +5,7 @@ What a method is called there, and what its tensors are called, stands in one pl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from fettle.core import FettleError
 from fettle.core.families import Edit
 from fettle.core.files import new_folder, read_json, write_json
-from fettle.export import peft_ia3, peft_lora
+from fettle.export import peft_ia3, peft_lora, peft_prompts
 from fettle.export.common import save_tokenizer, write_manifest
 from fettle.export.parity import Parity, check, measure, plain_logits
 from fettle.models.load import load
+from fettle.models.surgery import added
 from fettle.models.weight import is_quantized
-from fettle.peft import IA3, AdaLoRA, LoRA
+from fettle.peft import IA3, AdaLoRA, Full, HybridPrompt, LoRA, PrefixTuning, PromptTuning, PTuning, PTuningV2
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -47,19 +49,36 @@ class Conversion:
     write: Callable[[nn.Module, Any], tuple[Settings, Tensors]]
     read: Callable[[Settings, Tensors, Path], tuple[Edit, Tensors]]
     fit: Callable[[nn.Module, Any, Tensors, Path], Edit]
+    in_front: bool = False  # of the texts, in rows of its own that peft leaves in the logits
 
 
 METHODS = (
     Conversion((LoRA, AdaLoRA), ("LORA", "ADALORA"), peft_lora.write, peft_lora.read, peft_lora.fit),
     Conversion((IA3,), ("IA3",), peft_ia3.write, peft_ia3.read, peft_ia3.fit),
+    Conversion(
+        (PromptTuning, PTuning, HybridPrompt),
+        ("PROMPT_TUNING", "P_TUNING"),
+        peft_prompts.write,
+        peft_prompts.read,
+        peft_prompts.fit,
+        in_front=True,
+    ),
+    Conversion((PTuningV2, PrefixTuning), ("PREFIX_TUNING",), peft_prompts.write, peft_prompts.read, peft_prompts.fit),
 )
+TASKS = {"classify": "SEQ_CLS", "tag": "TOKEN_CLS"}
+STEM = "base_model.model."
 
 
 def export_peft(forest: Forest, edits: Sequence[Edit], folder: Path) -> Parity:
     """Write the adapter; read it back with `peft` where that is installed, else with `read_peft`, on a fresh base; compare."""
     edit, rest = _only_one(forest, edits)
+    method = _conversion(edit)
+    saved = _saved_modules(forest.model, rest, [edit, *rest])
     reference = measure(forest)
-    settings, tensors = _conversion(edit).write(forest.model, edit)
+    settings, tensors = method.write(forest.model, edit)
+    if saved:
+        settings["modules_to_save"] = list(saved)
+        tensors |= {f"{STEM}{name}.{k}": p.detach() for name in saved for k, p in _weights_of(forest.model, name)}
     with new_folder(folder) as aside:
         save_file(
             {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, aside / WEIGHTS, {"format": "pt"}
@@ -67,27 +86,52 @@ def export_peft(forest: Forest, edits: Sequence[Edit], folder: Path) -> Parity:
         write_json(aside / CONFIG, _common(forest) | settings)
         save_tokenizer(forest, aside)
         model, by = _reloaded(forest, rest, aside)
-        parity = check(reference, lambda rows: plain_logits(model, rows), str(folder), by)
+        front = settings["num_virtual_tokens"] if method.in_front and by == "peft" else 0
+        parity = check(reference, lambda rows: _text_logits(model, rows, front), str(folder), by)
         write_manifest(aside, "peft", forest, edits, parity)
     return parity
 
 
 def _only_one(forest: Forest, edits: Sequence[Edit]) -> tuple[Edit, list[Edit]]:
-    """The edit that the folder will hold, and those that change the base without tensors of their own."""
+    """The edit that the folder is for, and the others."""
     known = tuple(kind for method in METHODS for kind in method.edits)
     found = [e for e in edits if isinstance(e, known)]
-    rest = [e for e in edits if not isinstance(e, known)]
-    if any(e.tensors(forest.model) for e in rest) or len(found) != 1:
-        listed = ", ".join(type(e).__name__ for e in edits) or "none"
-        raise FettleError(
-            f"export: a peft folder holds one {' or '.join(k.__name__ for k in known)} and nothing else, the edits here are: "
-            f"{listed}; use --to hf, which merges them"
-        )
+    if len(found) != 1:
+        raise _too_much([*edits])
     if forest.spec.config is not None:
         raise FettleError(
             "export: a peft adapter needs a base that others can load, and this one began with random weights; use --to hf"
         )
-    return found[0], rest
+    return found[0], [e for e in edits if e is not found[0]]
+
+
+def _saved_modules(model: nn.Module, rest: Sequence[Edit], edits: Sequence[Edit]) -> tuple[str, ...]:
+    """The whole modules that other edits trained, as a task's head, which PEFT keeps beside the adapter.
+
+    FettleError where they trained anything else.
+    """
+    trained = {name for edit in rest for name in edit.tensors(model)}
+    others = added(model)
+    saved: list[str] = []
+    for name, module in model.named_modules():
+        own = {f"{name}.{key}" for key, _ in module.named_parameters()}
+        if name and own and own <= trained - others and not name.startswith(tuple(f"{outer}." for outer in saved)):
+            saved.append(name)
+    if trained - {f"{name}.{key}" for name in saved for key, _ in _weights_of(model, name)}:
+        raise _too_much(edits)
+    return tuple(saved)
+
+
+def _weights_of(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
+    return list(model.get_submodule(name).named_parameters())
+
+
+def _too_much(edits: Sequence[Edit]) -> FettleError:
+    listed = ", ".join(type(e).__name__ for e in edits) or "none"
+    return FettleError(
+        "export: a peft folder holds one LoRA, AdaLoRA, IA3 or soft prompt, and besides only whole modules that train, as a "
+        f"task's head, and nothing else, the edits here are: {listed}; use --to hf, which merges what can be merged"
+    )
 
 
 def _conversion(edit: Edit) -> Conversion:
@@ -95,8 +139,9 @@ def _conversion(edit: Edit) -> Conversion:
 
 
 def _common(forest: Forest) -> Settings:
+    writes = "SEQ_2_SEQ_LM" if forest.config.is_encoder_decoder else "CAUSAL_LM"
     return {
-        "task_type": "CAUSAL_LM",
+        "task_type": TASKS.get(forest.task, writes),
         "base_model_name_or_path": getattr(forest.config, "name_or_path", "") or forest.spec.path,
         "revision": forest.spec.revision,
         "inference_mode": True,
@@ -104,10 +149,12 @@ def _common(forest: Forest) -> Settings:
 
 
 def _reloaded(forest: Forest, rest: Sequence[Edit], folder: Path) -> tuple[nn.Module, str]:
+    """A fresh base, changed by what has no tensors (a quantizer), with the adapter; and who read that."""
     dtype = str(forest.model.dtype).removeprefix("torch.")
     fresh = load(forest.spec.model_copy(update={"dtype": dtype, "device": str(forest.device)}))
     for edit in rest:
-        edit.apply(fresh.model)
+        if not edit.tensors(forest.model):
+            edit.apply(fresh.model)
     try:
         from peft import PeftModel
     except ImportError:
@@ -119,15 +166,45 @@ def _reloaded(forest: Forest, rest: Sequence[Edit], folder: Path) -> tuple[nn.Mo
     return PeftModel.from_pretrained(fresh.model, folder), "peft"
 
 
-def read_peft(folder: Path) -> tuple[Any, Tensors]:
-    """A PEFT folder as (edit, its tensors under our names). FettleError where it holds what no edit here can say."""
+def _text_logits(model: nn.Module, rows: tuple[tuple[int, ...], ...], front: int) -> Tensor:
+    """Logits of the texts alone, without the `front` rows before each."""
+    logits = plain_logits(model, rows)
+    return logits.view(len(rows), -1, logits.shape[-1])[:, front:].flatten(0, 1)
+
+
+def read_peft(folder: Path) -> tuple[tuple[Any, ...], Tensors]:
+    """A PEFT folder as (edits, their tensors under our names): the adapter, and where it saves whole modules, a `full` of them.
+
+    FettleError where it holds what no edit here can say.
+    """
     config = read_json(folder / CONFIG)
     kind = config.get("peft_type")
     for method in METHODS:
         if kind in method.types:
-            return method.read(config, _weights(folder), folder)
+            weights = _weights(folder)
+            names, saved = _split(config, weights)
+            edit, tensors = method.read(config | {"modules_to_save": None}, weights, folder)
+            return (edit, Full(targets=names)) if names else (edit,), tensors | saved
     known = ", ".join(t for method in METHODS for t in method.types)
     raise FettleError(f"{folder / CONFIG}: holds a {kind} adapter; only {known} can be read here")
+
+
+def _split(config: Settings, weights: Tensors) -> tuple[tuple[str, ...], Tensors]:
+    """The modules that a folder saves whole, and their tensors by name, taken out of `weights`."""
+    found: dict[str, None] = {}
+    saved: Tensors = {}
+    for key in list(weights):
+        name = key.removeprefix(STEM)
+        for end in config.get("modules_to_save") or ():
+            if match := re.match(rf"(?:.*\.)?{re.escape(end)}(?=\.)", name):
+                found[match[0]] = None
+                saved[name] = weights.pop(key)
+                break
+    if config.get("modules_to_save") and not found:
+        raise FettleError(
+            f"{WEIGHTS}: holds none of the whole modules beside the adapter that {CONFIG} names in 'modules_to_save'; save it again"
+        )
+    return tuple(found), saved
 
 
 def _weights(folder: Path) -> Tensors:
@@ -145,16 +222,23 @@ def _weights(folder: Path) -> Tensors:
 
 
 @torch.no_grad()
-def load_peft(forest: Forest, folder: Path) -> Any:
-    """Put a PEFT adapter on a base; returns the edit as applied. FettleError where it is not this model's."""
-    edit, tensors = read_peft(folder)
-    edit = _conversion(edit).fit(forest.model, edit, tensors, folder)
-    edit.apply(forest.model)
+def load_peft(forest: Forest, folder: Path) -> tuple[Any, ...]:
+    """Put a PEFT adapter on a base; returns the edits as applied. FettleError where it is not this model's."""
+    (edit, *rest), tensors = read_peft(folder)
+    edits = (_conversion(edit).fit(forest.model, edit, tensors, folder), *rest)
+    for edit in edits:
+        edit.apply(forest.model)
+        edit.settle(forest.model)
     forest.model.train(forest.model.training)  # new modules begin in training mode, and dropout would be on
-    for key, there in edit.tensors(forest.model).items():
+    wanted = {key: there for edit in edits for key, there in edit.tensors(forest.model).items()}
+    if wrong := sorted(wanted.keys() ^ tensors.keys()):
+        raise FettleError(
+            f"{folder}: '{wrong[0]}' stands only in one of the adapter and the model; it belongs to another base"
+        )
+    for key, there in wanted.items():
         if there.shape != tensors[key].shape:
             raise FettleError(
                 f"{folder}: '{key}' has shape {tuple(tensors[key].shape)}, the model needs {tuple(there.shape)}; it belongs to another base"
             )
         there.copy_(tensors[key])
-    return edit
+    return edits

@@ -24,10 +24,11 @@ from transformers.pytorch_utils import Conv1D
 from fettle.core import FettleError
 from fettle.core.spec import nearest
 from fettle.models.select import adaptable, linears
+from fettle.models.surgery import made_by
 from fettle.models.weight import innermost, is_adapter, is_embedding
 from fettle.peft import AdaLoRA, LoRA
 from fettle.peft.adalora import AdaLoRALinear
-from fettle.peft.lora import LoRALinear, wrapped
+from fettle.peft.lora import LoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(
@@ -50,7 +51,7 @@ PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # the other
 def write(model: nn.Module, edit: LoRA | AdaLoRA) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(settings, tensors). FettleError where the adapter lies around another one, or nothing of it is left."""
     layers: dict[str, LoRALinear | AdaLoRALinear] = {}
-    layers |= wrapped(model, LoRALinear if isinstance(edit, LoRA) else AdaLoRALinear, edit)
+    layers |= made_by(model, edit, LoRALinear if isinstance(edit, LoRA) else AdaLoRALinear)
     rslora = isinstance(edit, LoRA) and edit.rslora
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}

@@ -24,6 +24,7 @@ from fettle.generate.encdec import PairCache, beginning
 from fettle.generate.memory import Memory
 from fettle.generate.prompts import prompter
 from fettle.generate.text import TextOut, cut_at
+from fettle.models import prompt
 from fettle.models.forest import context_length as context_length
 
 if TYPE_CHECKING:
@@ -198,19 +199,27 @@ class Cache:
         self.tokens = self.tokens[:, seen:]
         self.read = list(prompts[0][:seen]) if memory is not None else None  # what `past` holds; None: nobody can tell
         names = inspect.signature(self.model.forward).parameters
+        self.by_state = "past_key_values" not in names  # Mamba: a state for all that was read, and masks of what is new
+        if self.by_state and prompt.active(self.model) is not None:
+            raise FettleError(
+                f"generate: {type(self.model).__name__} carries a state that does not tell whether it has read a soft prompt; "
+                "score it with fettle eval, or tune it with lora, which also writes"
+            )
         self.takes_positions, self.takes_keep = "position_ids" in names, "logits_to_keep" in names
 
     @torch.no_grad()
     def next_logits(self) -> Tensor:
         """Logits [B, V] after the tokens that were not yet seen."""
         width = self.tokens.shape[1]
-        given: dict[str, Any] = {"attention_mask": self.mask} if self.ragged else {}
+        given: dict[str, Any] = {"cache_params" if self.by_state else "past_key_values": self.past}
+        if self.ragged:
+            given["attention_mask"] = self.mask[:, -width:] if self.by_state else self.mask
         if self.takes_positions:
             given["position_ids"] = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -width:]
         if self.takes_keep:
             given["logits_to_keep"] = 1
         read, self.read = self.read, None
-        out = self.model(input_ids=self.tokens, past_key_values=self.past, use_cache=True, **given)
+        out = self.model(input_ids=self.tokens, use_cache=True, **given)
         if read is not None:
             self.read = [*read, *self.tokens[0].tolist()]
         return cast(Tensor, out.logits[:, -1])
@@ -219,7 +228,7 @@ class Cache:
         """Append one token to each row of `keep` and forget the others."""
         if len(keep) < len(chosen):
             rows = torch.tensor(keep, device=chosen.device)
-            self.past.batch_select_indices(rows)
+            self.past.reorder_cache(rows)  # which layers of every kind have
             chosen, self.mask = chosen[rows], self.mask[rows]
             self.ragged = bool((self.mask == 0).any())
         self.tokens = chosen[:, None]

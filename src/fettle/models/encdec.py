@@ -59,14 +59,19 @@ class Encoded:
     size: int
 
 
-def hidden_of_pairs(tokens: Tensor, plan: Plan, encode: Encode, decode: Decode, start: int) -> Tensor:
-    """[T, C]: the decoder's states of a row of `tokens` [T], laid out as above; zeros where nothing is predicted."""
+def hidden_of_pairs(
+    tokens: Tensor, plan: Plan, encode: Encode, decode: Decode, start: int, bound: int | None = None
+) -> Tensor:
+    """[T, C]: the decoder's states of a row of `tokens` [T], laid out as above; zeros where nothing is predicted.
+
+    `bound`: the most tokens that either half can see, if there is a most.
+    """
     device = tokens.device
     pairs = pairs_of(tokens.cpu().numpy(), plan, start)
-    states, found = _encoded(tokens, plan, sorted({pair.source for pair in pairs}), encode)
+    states, found = _encoded(tokens, plan, sorted({pair.source for pair in pairs}), encode, bound)
     groups: dict[tuple[int, int], list[Pair]] = {}
     for pair in pairs:
-        groups.setdefault((rounded(len(pair.inputs)), rounded(found[pair.source].size)), []).append(pair)
+        groups.setdefault((rounded(len(pair.inputs), bound), rounded(found[pair.source].size)), []).append(pair)
     given = torch.cat([tokens, tokens.new_tensor([start])])  # place -1 is the start token
     pieces: list[Tensor] = []
     back = np.full(plan.length, -1)
@@ -108,11 +113,13 @@ def pairs_of(tokens: np.ndarray, plan: Plan, start: int) -> list[Pair]:
     return found
 
 
-def _encoded(tokens: Tensor, plan: Plan, sources: list[int], encode: Encode) -> tuple[Tensor, dict[int, Encoded]]:
+def _encoded(
+    tokens: Tensor, plan: Plan, sources: list[int], encode: Encode, bound: int | None
+) -> tuple[Tensor, dict[int, Encoded]]:
     """The encoder's states of all sources as rows [R, C], and which of them belong to each."""
     groups: dict[int, list[int]] = {}
     for source in sources:
-        groups.setdefault(rounded(len(span(plan.segments[source]))), []).append(source)
+        groups.setdefault(rounded(len(span(plan.segments[source])), bound), []).append(source)
     pieces: list[Tensor] = []
     found: dict[int, Encoded] = {}
     row = 0

@@ -96,7 +96,7 @@ class Forest:
         plan = self._plan(batch)
         batch = batch.to(self.device)
         if self.config.is_encoder_decoder:
-            return hidden_of_pairs(batch.tokens, plan, *halves(self.model), start_token(self.model))
+            return hidden_of_pairs(batch.tokens, plan, *halves(self.model), start_token(self.model), self.context)
         types = batch.extra.get("types")
         if self._by_paths:
 
@@ -106,7 +106,7 @@ class Forest:
                     input_ids=batch.tokens[index], **mask, **_typed(None if types is None else types[index])
                 )
 
-            return hidden_by_paths(plan, self.device, run, self.sees_ahead)
+            return hidden_by_paths(plan, self.device, run, self.sees_ahead, self.context)
         positions = batch.positions[None] + first_position(self.model)
         with attention.running(plan):
             kinds = _typed(None if types is None else types[None])

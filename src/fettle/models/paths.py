@@ -22,11 +22,16 @@ from fettle.models.plan import Plan, rounded
 Run = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def hidden_by_paths(plan: Plan, device: torch.device, run: Run, encoder: bool = False) -> Tensor:
-    """[T, C]: hidden states of a row, computed a path at a time; zeros for padding. `encoder`: the model sees ahead."""
+def hidden_by_paths(
+    plan: Plan, device: torch.device, run: Run, encoder: bool = False, bound: int | None = None
+) -> Tensor:
+    """[T, C]: hidden states of a row, computed a path at a time; zeros for padding.
+
+    `encoder`: the model sees ahead; `bound`: the most tokens that it can see, if there is a most.
+    """
     groups: dict[int, list[np.ndarray]] = {}
     for path in _paths(plan, encoder):
-        groups.setdefault(rounded(len(path)), []).append(path)
+        groups.setdefault(rounded(len(path), bound), []).append(path)
     pieces: list[Tensor] = []
     back = np.full(plan.length, -1)
     row = 0

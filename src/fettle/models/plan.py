@@ -156,10 +156,11 @@ class Plan:
         return tiles
 
 
-def rounded(n: int) -> int:
-    """A length rounded up to one of few, so that a CPU's matrix library meets few shapes."""
+def rounded(n: int, bound: int | None = None) -> int:
+    """A length rounded up to one of few, so that a CPU's matrix library meets few shapes; not past what a model can see."""
     step = 32 if n <= 128 else 64 if n <= 512 else 128 if n <= 1024 else 512
-    return -(-n // step) * step
+    up = -(-n // step) * step
+    return up if bound is None else max(n, min(up, bound))
 
 
 def _bucket(

@@ -68,14 +68,15 @@ def matches(pattern: str, name: str) -> bool:
 def partly_matched(model: nn.Module, targets: str | Sequence[str]) -> dict[str, list[str]]:
     """By pattern, the layers it leaves out though it takes their sisters in other blocks.
 
-    Two layers are sisters when their names differ only in numbers: a pattern that takes `q_proj` of 26
-    blocks of 28 misses two, and that is seldom meant. A pattern with a block's number in it is meant.
+    Two layers are sisters when their names differ only in the numbers of blocks: a pattern that takes `q_proj` of 26
+    blocks of 28 misses two, and that is seldom meant. A pattern with a block's number in it is meant, but a class of all
+    digits is no number: `[0-9]` misses the blocks from the eleventh on.
     """
     every = _every(model, exclude_head=True)
     patterns = [targets] if isinstance(targets, str) else list(targets)
     chosen = {name for name in every if any(matches(p, name) for p in patterns)}
     left: dict[str, list[str]] = {}
-    for pattern in patterns:
+    for pattern in (p for p in patterns if not _NUMBER.search(_ANY_DIGIT.sub("", p))):
         families = {_family(name) for name in every if matches(pattern, name)}
         missed = [name for name in every if name not in chosen and _family(name) in families]
         if missed:
@@ -103,8 +104,13 @@ def _head(model: nn.Module) -> nn.Module | None:
     return get() if get else None
 
 
+# A number that is no part of a word, as fc1's is, once what stands for any digit and the counts of repeats are taken out.
+_NUMBER = re.compile(r"(?<![A-Za-z_\d])\d")
+_ANY_DIGIT = re.compile(r"\[0-9\]|\{\d*,?\d*\}")
+
+
 def _family(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
+    return ".".join("#" if part.isdigit() else part for part in name.split("."))
 
 
 def _nearest(pattern: str, every: dict[str, nn.Module]) -> str:

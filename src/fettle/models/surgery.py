@@ -4,32 +4,70 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from fettle.core.errors import FettleError
+from fettle.core.families import Edit
 from fettle.core.spec import nearest
 from fettle.models.select import matches
 
+M = TypeVar("M", bound=nn.Module)
+_TRAINED = "fettle_trained"  # on a parameter: an edit of the list trains it, or trained it in a stage before
+
 
 def weights_of(model: nn.Module, targets: str | Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """Parameters by name; of the modules that `targets` name (with all inside them), or all of the model's own for None.
+    """Parameters by name; of the modules that `targets` name (with all inside them), or all for None.
 
-    A soft prompt is no part of the model's own. A tied parameter counts once. FettleError where a target matches no module.
+    A tied parameter counts once, under its first name, and any of the modules that share it means it. FettleError where a
+    target matches no module.
     """
-    every = {name: p for name, p in model.named_parameters() if not name.startswith("fettle_prompt.")}
+    every = dict(model.named_parameters())
     if targets is None:
         return every
+    shared = list(model.named_parameters(remove_duplicate=False))
     modules = [name for name, _ in model.named_modules() if name]
-    chosen: set[str] = set()
+    chosen: set[int] = set()
     for pattern in [targets] if isinstance(targets, str) else targets:
         hits = [name for name in modules if matches(pattern, name)]
         if not hits:
             ends = {name.rsplit(".", 1)[-1] for name in modules if not name.rsplit(".", 1)[-1].isdigit()}
             raise FettleError(f"targets: '{pattern}' matches no module; {nearest(pattern.rsplit('.', 1)[-1], ends)}")
-        chosen |= {name for name in every if any(name.startswith(f"{hit}.") for hit in hits)}
-    return {name: parameter for name, parameter in every.items() if name in chosen}
+        chosen |= {id(p) for name, p in shared if any(name.startswith(f"{hit}.") for hit in hits)}
+    return {name: parameter for name, parameter in every.items() if id(parameter) in chosen}
+
+
+def added(model: nn.Module) -> set[str]:
+    """The names of the parameters that edits put into a model, which are no part of its own."""
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "edit", None), Edit):
+            found |= {f"{name}.{key}" for key, _ in module.named_parameters() if not key.startswith("base.")}
+    return found
+
+
+def made_by(model: nn.Module, edit: Edit, kind: type[M] | tuple[type[M], ...]) -> list[tuple[str, M]]:
+    """The modules of a kind that an edit put into a model, by name.
+
+    Those that hold this very edit, so that two equal ones keep apart; where none does, as for an edit that was read again
+    from a file, those of its equals.
+    """
+    equal: list[tuple[str, Any]] = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, kind) and m.edit == edit
+    ]
+    return [(name, m) for name, m in equal if m.edit is edit] or equal
+
+
+def train(parameter: nn.Parameter) -> None:
+    """Let one of the model's own weights train, and remember it, so that nothing packs it away later."""
+    parameter.requires_grad_(True)
+    setattr(parameter, _TRAINED, True)
+
+
+def is_trained(parameter: Any) -> bool:
+    """Whether an edit trains a weight, or has trained it in a stage before."""
+    return getattr(parameter, _TRAINED, False)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

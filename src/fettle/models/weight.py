@@ -50,7 +50,7 @@ def innermost(module: nn.Module) -> nn.Module:
 
 
 def in_out(module: nn.Module) -> tuple[int, int]:
-    """(in, out) widths of a linear layer."""
+    """(in, out) widths of a linear layer; an adapter that changes those of its base says so in an `in_out` of its own."""
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     if isinstance(module, nn.Linear) or is_quantized(module):
@@ -58,7 +58,7 @@ def in_out(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, nn.Embedding):
         return module.num_embeddings, module.embedding_dim
     if is_adapter(module):
-        return in_out(module.base)  # type: ignore[arg-type]
+        return getattr(module, "in_out", None) or in_out(module.base)  # type: ignore[arg-type]
     raise FettleError(f"{type(module).__name__}: not a linear layer that fettle can read (nn.Linear or Conv1D)")
 
 

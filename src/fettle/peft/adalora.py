@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.models.select import linears
-from fettle.models.surgery import replace, untie
+from fettle.models.surgery import made_by, replace, untie
 from fettle.models.weight import in_out, place, read_weight, write_weight
-from fettle.peft.lora import low_rank, wrapped
+from fettle.peft.lora import low_rank
 
 TRIPLET = ("a", "b", "values")
 
@@ -201,4 +201,4 @@ class AdaLoRA(Edit):
             replace(model, name, module.base)
 
     def _layers(self, model: nn.Module) -> list[tuple[str, AdaLoRALinear]]:
-        return wrapped(model, AdaLoRALinear, self)
+        return made_by(model, self, AdaLoRALinear)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fettle.core.batch import Batch
 from fettle.core.errors import FettleError
 from fettle.core.spec import nearest
+from fettle.models import prompt
 from fettle.models.forest import Forest
 from fettle.models.select import linears
 from fettle.models.surgery import replace
@@ -156,6 +157,12 @@ class Adapters:
 
         A segment's ancestors keep their own: give a whole path one adapter where it should be as if alone.
         """
+        front = prompt.active(self.forest.model)
+        if front is not None and front.heads is None:
+            raise FettleError(
+                "adapters: the rows of a soft prompt stand once before all texts of a batch, so they cannot have the adapter of "
+                "each; use one adapter at a time, or route_rows with plain batches"
+            )
         if self.forest.backend == "paths":
             raise FettleError(
                 f"adapters: {type(self.forest.model).__name__} runs a batch path by path, so tokens cannot be told apart "
@@ -163,9 +170,10 @@ class Adapters:
             )
         if len(names) != len(batch.segments):
             raise FettleError(f"adapters: {len(names)} names for {len(batch.segments)} segments; give one for each")
-        owners = np.full(len(batch.tokens), -1)
+        ahead = 0 if front is None else front.length  # the places of a deep prompt, whose states no layer computes
+        owners = np.full(ahead + len(batch.tokens), -1)
         for segment, name in zip(batch.segments, names, strict=True):
-            owners[segment.start : segment.stop] = -1 if name is None else self._index(name)
+            owners[ahead + segment.start : ahead + segment.stop] = -1 if name is None else self._index(name)
         self._route(lambda shape: owners)
 
     def route_rows(self, names: Sequence[str | None]) -> None:

@@ -22,7 +22,7 @@ from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.models.blocks import Attention, blocks, norms
 from fettle.models.select import linears
-from fettle.models.surgery import replace
+from fettle.models.surgery import made_by, replace
 from fettle.models.weight import in_out, innermost, is_linear, place
 
 FLAGS = ("attention_bias", "mlp_bias", "use_bias", "bias", "qkv_bias")  # how configurations say that layers have biases
@@ -118,7 +118,7 @@ def put_biases(model: nn.Module, chosen: dict[str, slice], edit: Edit) -> None:
 
 
 def _ours(model: nn.Module, edit: Edit) -> list[tuple[str, Biased]]:
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, Biased) and m.edit == edit]
+    return made_by(model, edit, Biased)
 
 
 def _bias(module: nn.Module) -> nn.Parameter | None:

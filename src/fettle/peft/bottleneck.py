@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.models.blocks import Block, FeedForward, blocks, closing_norms
-from fettle.models.surgery import attach, replace
+from fettle.models.surgery import attach, made_by, replace
 from fettle.models.weight import place
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
@@ -184,8 +184,7 @@ class Adapter(Edit):
         """The four weights of each adapter, by name."""
         return {
             f"{name}.{key}": p.detach()
-            for name, module in model.named_modules()
-            if isinstance(module, Bottleneck) and module.edit == self
+            for name, module in made_by(model, self, Bottleneck)
             for key, p in module.named_parameters()
         }
 

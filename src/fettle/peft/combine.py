@@ -174,7 +174,7 @@ def updates_of(model: nn.Module) -> Updates:
 def unwrap(model: nn.Module, edits: Sequence[Edit]) -> None:
     """Take the LoRAs of some edits off a model; the base is as it was before them."""
     for name, module in reversed(list(model.named_modules())):
-        if isinstance(module, LoRALinear | AdaLoRALinear) and module.edit in edits:
+        if isinstance(module, LoRALinear | AdaLoRALinear) and any(module.edit is edit for edit in edits):
             replace(model, name, module.base)
 
 

@@ -19,7 +19,7 @@ from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.models.blocks import blocks
 from fettle.models.select import linears
-from fettle.models.surgery import replace
+from fettle.models.surgery import made_by, replace
 from fettle.models.weight import in_out, is_adapter, place, read_weight, write_weight
 
 
@@ -97,7 +97,7 @@ class IA3(Edit):
             replace(model, name, base)
 
     def _ours(self, model: nn.Module) -> list[tuple[str, Scaled]]:
-        return [(n, m) for n, m in model.named_modules() if isinstance(m, Scaled) and m.edit == self]
+        return made_by(model, self, Scaled)
 
 
 def scaled_layers(edit: IA3, model: nn.Module) -> tuple[list[str], list[str], list[str]]:

@@ -28,13 +28,12 @@ from torch.autograd.function import once_differentiable
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.models.select import adaptable, matches
-from fettle.models.surgery import replace, untie
+from fettle.models.surgery import made_by, replace, untie
 from fettle.models.weight import in_out, innermost, is_adapter, is_embedding, place, read_weight, write_weight
 from fettle.peft.dora import rescale, row_norms
 from fettle.peft.pissa import principal, without_start
 
 T = TypeVar("T")
-M = TypeVar("M", bound=nn.Module)
 
 
 def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
@@ -182,7 +181,9 @@ class LoRA(Edit):
 
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1)
-    alpha: float | None = Field(default=None, gt=0, description="numerator of the scale; twice the rank where left out")
+    alpha: float | None = Field(
+        default=None, gt=0, description="numerator of the scale; twice the rank where left out, with rslora 8"
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: str | tuple[str, ...] = Field(
         default="all-linear", description="linear layers; the head and embeddings are meant only by name"
@@ -202,8 +203,12 @@ class LoRA(Edit):
         for name, base in found.items():
             rank = ranks.get(name, self.rank)
             self._check(name, base, rank)
-            alpha = alphas.get(name, 2.0 * rank if self.alpha is None else self.alpha)
+            alpha = alphas.get(name, self.usual_alpha(rank))
             replace(model, name, LoRALinear(base, self, rank, alpha))
+
+    def usual_alpha(self, rank: int) -> float:
+        """Where no pattern names another: as given, else a constant for rsLoRA, whose point it is, else twice the rank."""
+        return self.alpha or (8.0 if self.rslora else 2.0 * rank)
 
     def _check(self, name: str, base: nn.Module, rank: int) -> None:
         if rank > min(in_out(base)):
@@ -230,33 +235,28 @@ class LoRA(Edit):
         """A and B, DoRA's magnitudes, PiSSA's start, by name."""
         return {
             f"{n}.{key}": t.detach()
-            for n, m in wrapped(model, LoRALinear, self)
+            for n, m in made_by(model, self, LoRALinear)
             for key, t in chain(m.named_parameters(recurse=False), m.named_buffers(recurse=False))
         }
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """PiSSA's start, which another machine's SVD would give with other last bits."""
-        return {f"{n}.{k}": t for n, m in wrapped(model, LoRALinear, self) for k, t in m.named_buffers(recurse=False)}
+        return {f"{n}.{k}": t for n, m in made_by(model, self, LoRALinear) for k, t in m.named_buffers(recurse=False)}
 
     def lr_scales(self, model: nn.Module) -> dict[str, float]:
         """LoRA+'s ratio for every B."""
-        return {f"{n}.b": self.lr_ratio for n, _ in wrapped(model, LoRALinear, self)} if self.lr_ratio != 1 else {}
+        return {f"{n}.b": self.lr_ratio for n, _ in made_by(model, self, LoRALinear)} if self.lr_ratio != 1 else {}
 
     def merge(self, model: nn.Module) -> None:
         """W + s B A (DoRA: rescaled), summed in float32, rounded once to the base's type; the wrapper goes.
 
         A head or an embedding that shares its weight gets one of its own first, for only it was adapted.
         """
-        for name, module in reversed(wrapped(model, LoRALinear, self)):  # from the inside out
+        for name, module in reversed(made_by(model, self, LoRALinear)):  # from the inside out
             weight = module.merged()
             untie(model, module.base)
             write_weight(module.base, weight)
             replace(model, name, module.base)
-
-
-def wrapped(model: nn.Module, kind: type[M], edit: Edit) -> list[tuple[str, M]]:
-    """The modules of a kind that an edit put into a model, by name."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, kind) and m.edit == edit]
 
 
 def by_layer(patterns: Mapping[str, T], names: Iterable[str], key: str) -> dict[str, T]:

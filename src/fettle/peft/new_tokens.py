@@ -19,12 +19,18 @@ from torch import Tensor, nn
 
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
+from fettle.models.surgery import made_by
 from fettle.models.weight import innermost, is_adapter, place
 from fettle.models.words import tokenizer_of
 
 
 class GrownEmbedding(nn.Module):
     """An embedding [V, C] whose ids from `first` on come from rows that train."""
+
+    @property
+    def in_out(self) -> tuple[int, int]:
+        """(V', C)."""
+        return rows_of(self), self.rows.shape[1]
 
     def __init__(self, base: nn.Module, edit: NewTokens, first: int, rows: nn.Parameter) -> None:
         super().__init__()
@@ -48,6 +54,11 @@ class GrownEmbedding(nn.Module):
 
 class GrownHead(nn.Module):
     """A head [V, C] whose logits from `first` on come from rows that train."""
+
+    @property
+    def in_out(self) -> tuple[int, int]:
+        """(C, V')."""
+        return self.rows.shape[1], rows_of(self)
 
     def __init__(self, base: nn.Module, edit: NewTokens, first: int, rows: nn.Parameter) -> None:
         super().__init__()
@@ -131,17 +142,13 @@ class NewTokens(Edit):
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """The new rows, by name; those that embedding and head share once."""
-        return {
-            name: p.detach()
-            for name, p in model.named_parameters()
-            if name.endswith(".rows") and getattr(model.get_submodule(name[:-5]), "edit", None) == self
-        }
+        ours = {f"{name}.rows" for name, _ in made_by(model, self, (GrownEmbedding, GrownHead))}
+        return {name: p.detach() for name, p in model.named_parameters() if name in ours}
 
     def merge(self, model: nn.Module) -> None:
         """Write the rows into a plain embedding and head, as large as needed, rounded once to their type."""
-        found = (m for m in model.modules() if isinstance(m, GrownEmbedding | GrownHead))
-        grown: list[Any] = [m for m in found if m.edit == self]
-        for outer in grown:
+        grown: list[tuple[str, Any]] = made_by(model, self, (GrownEmbedding, GrownHead))
+        for _, outer in grown:
             table = outer.base
             if is_adapter(table):
                 raise FettleError("new_tokens: another edit stands inside; merge the edits in the order of their list")
@@ -170,16 +177,12 @@ def _lengthen(model: nn.Module, old: nn.Parameter | None, rows: int) -> None:
                 setattr(module, key, new)
 
 
-def _weight(module: nn.Module) -> Tensor:
-    """The table inside of all that grew it."""
-    return innermost(module).weight  # type: ignore[return-value]
-
-
 def rows_of(module: nn.Module) -> int:
-    """How many ids an embedding or head knows, grown or not."""
+    """How many ids an embedding or head knows, grown or not, whatever stands around it."""
     if isinstance(module, GrownEmbedding | GrownHead):
         return max(rows_of(module.base), module.first + len(module.rows))
-    return len(_weight(module))
+    base = getattr(module, "base", None)
+    return len(module.weight) if base is None else rows_of(base)  # type: ignore[arg-type]
 
 
 def _full(module: nn.Module) -> Tensor:
@@ -187,7 +190,9 @@ def _full(module: nn.Module) -> Tensor:
     if isinstance(module, GrownEmbedding | GrownHead):
         old = _full(module.base)
         return torch.cat([old[: module.first], module.rows.to(old.dtype), old[module.first + len(module.rows) :]])
-    weight = _weight(module)
+    if (base := getattr(module, "base", None)) is not None:
+        return _full(base)
+    weight: Tensor = module.weight  # type: ignore[assignment]
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 

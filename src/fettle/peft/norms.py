@@ -18,7 +18,7 @@ from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.models.blocks import norms
 from fettle.models.select import matches
-from fettle.models.surgery import replace
+from fettle.models.surgery import made_by, replace
 from fettle.models.weight import innermost, place
 
 
@@ -92,4 +92,4 @@ class Norms(Edit):
             replace(model, name, module.base)
 
     def _ours(self, model: nn.Module) -> list[tuple[str, TunedNorm]]:
-        return [(n, m) for n, m in model.named_modules() if isinstance(m, TunedNorm) and m.edit == self]
+        return made_by(model, self, TunedNorm)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.models.blocks import Block, blocks
-from fettle.models.surgery import attach
+from fettle.models.surgery import attach, made_by
 from fettle.models.weight import place
 from fettle.peft.bitfit import Biased, every_bias, put_biases
 
@@ -87,8 +87,7 @@ class TinyTL(Edit):
         """The residuals' weights and the changes of the biases, by name."""
         return {
             f"{name}.{key}": p.detach()
-            for name, module in model.named_modules()
-            if isinstance(module, Lite | Biased) and module.edit == self
+            for name, module in made_by(model, self, (Lite, Biased))
             for key, p in module.named_parameters(recurse=False)
         }
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from fettle.core.errors import FettleError
 from fettle.models.allocator import release
 from fettle.models.select import linears
-from fettle.models.surgery import replace
+from fettle.models.surgery import is_trained, replace
 from fettle.models.weight import in_out, is_adapter, is_quantized, read_weight
 from fettle.quantize.loftq import LoftQ
 from fettle.quantize.packed import Quantized
@@ -152,6 +152,11 @@ def _refuse(base: nn.Module, name: str, kind: str) -> None:
     if is_quantized(base):
         raise FettleError(
             f"edits: {kind} finds {name} quantized already; leave it out of the targets of one of the two edits"
+        )
+    if is_trained(getattr(base, "weight", None)):
+        raise FettleError(
+            f"edits: {kind} comes after an edit that trains {name}, and would round away what that learns; put {kind} before it, "
+            "leave the layer out of the targets of one of the two, or quantize what fettle export --to hf writes of the result"
         )
     if type(base).forward not in (nn.Linear.forward, Conv1D.forward):
         raise FettleError(

@@ -46,7 +46,7 @@ class World:
         """Replace each tensor by its sum over the processes, in one exchange a type."""
         if self.size == 1 or not tensors:
             return
-        for dtype in {t.dtype for t in tensors}:
+        for dtype in dict.fromkeys(t.dtype for t in tensors):  # in one order on every process, as a set has not
             same = [t for t in tensors if t.dtype == dtype]
             flat = torch.cat([t.reshape(-1) for t in same])
             dist.all_reduce(flat)

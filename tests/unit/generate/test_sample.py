@@ -17,10 +17,11 @@ from transformers.generation.logits_process import (
 from fettle.core import FettleError
 from fettle.core.batch import Example, Node, pack
 from fettle.generate import Sampling, end_tokens, generate, prompter
-from fettle.generate.sample import context_length, filtered, penalised
+from fettle.generate.sample import Cache, context_length, filtered, penalised
 from fettle.models.forest import Forest
 from fettle.models.load import load
 from fettle.models.spec import ModelSpec
+from fettle.peft import PromptTuning
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 KINDS = {
@@ -189,3 +190,37 @@ def test_leaves_the_model_as_it_was(forest: Forest) -> None:
     generate(forest, [[5, 6]], Sampling(max_tokens=2))
     assert forest.model.training
     assert generate(forest, []) == []
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2"])
+def test_a_model_with_a_state_writes_what_transformers_writes(kind: str, tokenizer) -> None:
+    sizes = {"mamba": {"state_size": 4}, "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 32, "n_groups": 1}}
+    config = AutoConfig.for_model(
+        kind, hidden_size=64, num_hidden_layers=2, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **sizes[kind],
+    )  # fmt: skip
+    torch.manual_seed(1)
+    forest = Forest(AutoModelForCausalLM.from_config(config).double().eval(), tokenizer)
+    for parameter in forest.model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4)
+    asked = prompts(len(tokenizer), 3, 17, 9)
+    budgets = Sampling(max_tokens=12)
+    for prompt, mine in zip(asked, generate(forest, asked, budgets), strict=True):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 12 and (len(ids) == len(prompt) or ids[-1] not in end_tokens(forest)):
+            with torch.no_grad():
+                ids.append(int(forest.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        assert list(mine.tokens) == ids[len(prompt) :] and len(set(mine.tokens)) > 1
+    cache = Cache(forest, asked)
+    first = cache.next_logits().argmax(-1)
+    cache.push(first, [0, 2])  # a row leaves
+    for row, i in enumerate((0, 2)):
+        with torch.no_grad():
+            expected = forest.model(input_ids=torch.tensor([[*asked[i], int(first[i])]])).logits[0, -1]
+        if not row:
+            found = cache.next_logits()
+        assert torch.allclose(found[row], expected, atol=1e-4)  # states are in float32
+    PromptTuning(tokens=2).apply(forest.model)
+    with pytest.raises(FettleError, match="carries a state that does not tell whether it has read a soft prompt"):
+        generate(forest, asked, budgets)

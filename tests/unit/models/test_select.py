@@ -58,8 +58,19 @@ def test_a_pattern_that_matches_nothing_names_what_is_near(llama: nn.Module) -> 
 
 def test_layers_left_out_are_told(llama: nn.Module) -> None:
     assert partly_matched(llama, "q_proj") == {}
-    left = partly_matched(llama, r".*layers\.[01]\..*q_proj")
-    assert left == {r".*layers\.[01]\..*q_proj": ["model.layers.2.self_attn.q_proj"]}
+    for meant in (
+        r".*layers\.[01]\..*q_proj",
+        "model.layers.0.self_attn.q_proj",
+        r".*\.(1|2)\.mlp\..*",
+        "1.mlp.up_proj",
+    ):
+        assert partly_matched(llama, meant) == {}
+    ten = nn.ModuleDict(
+        {"h": nn.ModuleList(nn.ModuleDict({"fc1": nn.Linear(2, 2), "fc2": nn.Linear(2, 2)}) for _ in range(11))}
+    )
+    assert partly_matched(ten, "fc1") == {}  # fc2 is no sister of it
+    for slip in (r"h\.[0-9]\.fc1", r"h\.\d\.fc1", r"h\..\.fc1", r"h\.\d{1}\.fc1"):
+        assert partly_matched(ten, slip) == {slip: ["h.10.fc1"]}
 
 
 def test_an_adapter_stands_for_its_layer() -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fettle.core.batch import Batch, Example, Node, pack
 from fettle.core.errors import FettleError
 from fettle.models.forest import Forest
-from fettle.peft import AdaLoRA, LoRA
+from fettle.peft import AdaLoRA, LoRA, PromptTuning, PTuningV2
 from fettle.peft.adapters import TILE, Adapters, Tiles, routed
 from fettle.peft.combine import Update, Updates, compressed, dare, dare_ties, install, summed, ties, unwrap, updates_of
 
@@ -213,3 +213,25 @@ def test_what_cannot_be_switched_says_so(trained: dict[str, Updates]) -> None:
         Adapters(built(), trained).route(forest_batch()[0], ["french", None])
     with pytest.raises(FettleError, match="path by path"):
         Adapters(built().with_backend("paths"), trained).route(forest_batch()[0], [None] * 7)
+
+
+def test_a_batch_is_routed_behind_a_deep_prompt_and_not_behind_a_shallow_one(trained: dict[str, Updates]) -> None:
+    torch.manual_seed(3)
+    prompts = [PTuningV2(tokens=3, init="random"), PromptTuning(tokens=3, init="random")]
+    batch, paths = forest_batch()
+    names = ["german", "french", "french", "french", "maths", None, None]
+    forest = built()
+    prompts[0].apply(forest.model)
+    adapters = Adapters(forest, trained)
+    adapters.route(batch, names)
+    with torch.no_grad():
+        together = forest.logits(batch, torch.arange(128))
+        for path in paths:
+            index = torch.cat([torch.arange(batch.segments[i].start, batch.segments[i].stop) for i in path])
+            adapters.use(names[path[-1]])
+            assert torch.allclose(together[index], logits(forest, batch.tokens[index][None])[0], atol=1e-6)
+    forest = built()
+    prompts[1].apply(forest.model)
+    adapters = Adapters(forest, trained)
+    with pytest.raises(FettleError, match="the rows of a soft prompt stand once before all texts"):
+        adapters.route(batch, names)

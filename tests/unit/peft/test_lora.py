@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -189,3 +190,12 @@ def test_a_step_can_be_rehearsed_on_fake_tensors(dropout: float) -> None:
     with rehearsing(fake, 32) as rehearsal:
         twin(input_ids=torch.arange(9)[None]).logits.sum().backward()
     assert rehearsal.peak.total > 0
+
+
+def test_the_scale_where_alpha_is_left_out() -> None:
+    layers = {}
+    for rank, rslora in itertools.product((4, 16), (False, True)):
+        model = nn.ModuleDict({"up": nn.Linear(32, 32)})
+        LoRA(rank=rank, rslora=rslora).apply(model)
+        layers[rank, rslora] = model["up"].scale
+    assert layers == {(4, False): 2.0, (16, False): 2.0, (4, True): 4.0, (16, True): 2.0}  # 8 / sqrt(r)
