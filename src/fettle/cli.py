@@ -162,6 +162,9 @@ def export(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="folder to write; default: <model>/<format>")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="of merged weights: float32, bfloat16, float16; default: the model's")
+    ] = None,
 ) -> None:
     """Write a model for others to load; what was written is read back and its logits compared first."""
     from fettle.export import export as write
@@ -169,8 +172,11 @@ def export(
 
     forest, edits = open_model(model)
     target = output or Path(model) / to
-    parity = write(forest, edits, target, to)
-    print(f"{target}: reads back with {parity.checked_with}, largest logit difference {parity.largest_difference:.3g}")
+    parity = write(forest, edits, target, to, dtype)
+    print(
+        f"{target}: reads back with {parity.checked_with}, {parity.written_difference:.2g} from what was written at most "
+        f"(allowed: {parity.tolerance:.2g}); rounding weights to {parity.dtype} moved logits by {parity.largest_difference:.2g} at most"
+    )
 
 
 @app.command(epilog="[bold]fettle schema > recipe.schema.json[/bold]")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import fettle
 from fettle.core import FettleError
 from fettle.core.families import Edit
 from fettle.core.files import MANIFEST, write_json
-from fettle.export.parity import Parity, facts
+from fettle.export.parity import Parity, Reference, facts, plain_logits, wide_logits, widen
 from fettle.generate.prompts import prompter
 from fettle.generate.sample import end_tokens
 from fettle.models.load import base_hash, folder_of
@@ -23,9 +25,17 @@ if TYPE_CHECKING:
     from fettle.models.forest import Forest
 
 
-def merged(forest: Forest, edits: Sequence[Edit]) -> nn.Module:
-    """A copy of the model with every edit folded into plain weights; FettleError where one cannot be."""
+def merged(
+    forest: Forest, edits: Sequence[Edit], reference: Reference, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Tensor]:
+    """A copy of the model with every edit folded into plain weights, and its logits on the probes in float32.
+
+    Weights are summed in float32 and rounded once, to what each was in the model, or to `dtype`. FettleError where an edit
+    cannot be merged, or where the sum is another model.
+    """
+    kinds = {_plain(n): t.dtype for n, t in chain(forest.model.named_parameters(), forest.model.named_buffers())}
     model = copy.deepcopy(forest.model)
+    widen(model)
     for edit in edits:  # the first edit lies innermost
         edit.merge(model)
     left = [name for name, module in model.named_modules() if is_adapter(module)]
@@ -33,10 +43,22 @@ def merged(forest: Forest, edits: Sequence[Edit]) -> nn.Module:
         raise FettleError(
             f"export: {left[0]} still has an adapter after merging; the list of edits lacks the one that put it there"
         )
+    model.requires_grad_(False).eval()
+    reference.agree(plain_logits(model, reference.probes), reference.adapted, "export: merging the edits")
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        was = kinds.get(name, forest.model.dtype)
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype if dtype is not None and was == forest.model.dtype else was)
+    model.config.dtype = model.dtype  # type: ignore[union-attr]
     ends = sorted(end_tokens(forest))
     if getattr(model, "generation_config", None) is not None and ends:
         model.generation_config.eos_token_id = ends  # type: ignore[union-attr]
-    return model.requires_grad_(False).eval()
+    return model, wide_logits(model, reference.probes)
+
+
+def _plain(name: str) -> str:
+    """A weight's name without the adapters around its layer."""
+    return name.replace(".base.", ".")
 
 
 def save_tokenizer(forest: Forest, folder: Path) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from fettle.core.families import Edit
 from fettle.core.files import new_folder
 from fettle.export.common import merged, save_tokenizer, write_manifest
-from fettle.export.parity import Parity, check, measure, plain_logits
+from fettle.export.parity import Parity, check, measure, wide_logits
 from fettle.models.tasks import auto_class
 from fettle.quantize.linear import requantizing
 
@@ -17,14 +19,14 @@ if TYPE_CHECKING:
     from fettle.models.forest import Forest
 
 
-def export_hf(forest: Forest, edits: Sequence[Edit], folder: Path) -> Parity:
+def export_hf(forest: Forest, edits: Sequence[Edit], folder: Path, dtype: torch.dtype | None = None) -> Parity:
     """Write the merged model, its tokenizer and its manifest; FettleError, and no folder, where it reads back differently.
 
     Its generation config lists every token that ends an answer.
     """
 
-    reference = measure(forest)
-    model = merged(forest, edits)
+    reference = measure(forest, dtype)
+    model, written = merged(forest, edits, reference, dtype)
     costs = requantizing(forest.model, model)
     with new_folder(folder) as aside:
         model.save_pretrained(aside)  # type: ignore[operator]
@@ -37,6 +39,6 @@ def export_hf(forest: Forest, edits: Sequence[Edit], folder: Path) -> Parity:
             )
             .to(forest.device)
         )
-        parity = check(reference, lambda rows: plain_logits(reloaded, rows), str(folder), "transformers")
+        parity = check(reference, lambda rows: wide_logits(reloaded, rows), str(folder), "transformers", written)
         write_manifest(aside, "hf", forest, edits, parity, costs)
     return parity

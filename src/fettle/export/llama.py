@@ -47,23 +47,23 @@ LAYER = {
 }
 
 
-def export_llama(forest: Forest, edits: Sequence[Edit], folder: Path) -> Parity:
+def export_llama(forest: Forest, edits: Sequence[Edit], folder: Path, dtype: torch.dtype | None = None) -> Parity:
     """Write the merged model as Meta's code reads it, run it in Meta's convention, compare; FettleError for other architectures."""
     params = params_of(forest.config)
-    reference = measure(forest)
-    tensors = to_meta(merged(forest, edits), forest.config)
+    reference = measure(forest, dtype)
+    model, expected = merged(forest, edits, reference, dtype)
+    tensors = to_meta(model, forest.config)
     with new_folder(folder) as aside:
         torch.save(tensors, aside / WEIGHTS)
         write_json(aside / PARAMS, params)
         _save_tokenizer(forest, aside)
         written = torch.load(aside / WEIGHTS, weights_only=True, map_location="cpu", mmap=True)
         said = read_json(aside / PARAMS)
+        wide = {name: tensor.float() for name, tensor in written.items()}
         parity = check(
-            reference,
-            lambda rows: torch.cat([forward(said, written, torch.tensor(row)) for row in rows]),
-            str(folder),
-            "llama",
-        )
+            reference, lambda rows: torch.cat([forward(said, wide, torch.tensor(row)) for row in rows]), str(folder), "llama",
+            expected,
+        )  # fmt: skip
         write_manifest(aside, "llama", forest, edits, parity)
     return parity
 

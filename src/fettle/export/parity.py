@@ -1,13 +1,13 @@
 """The gate of every export: what was written is read back by other code, and its logits are compared with the model's.
 
-Compared are logits at every position of fixed probe sequences. Two rules:
+Compared are logits at every position of fixed probe sequences, all computed in float32, so that the rounding of 16-bit
+arithmetic hides nothing:
 
-    largest |x - y|  <=  max(FLOOR(dtype) * max(1, largest |y|), 4 * rounding)
-    |c - 1| <= 0.1,  c = <x - base, e> / <e, e>,  e = wide - base        (what share of the adaptation arrived)
+    |m - y| <= FLOOR max(1, |y|)        merging: m the merged weights before they are rounded, y the adapted model as it trained
+    |x - w| <= FLOOR max(1, |w|)        writing: x what was read back, w what was to be written, rounded as it is stored
+    |c - 1| <= 0.1,  c = <x - base, e> / <e, e>,  e = y - base      rounding: what share of the adaptation arrived
 
-x exported, y the adapted model; wide the same weights computed in float32, base those with the adapters switched off. The
-rounding of 16 bits is measured, as the largest difference that they make to the model itself, rather than guessed. The
-second rule sees an adapter that was lost, even one so small that the first would let it pass.
+Largest absolute values over all probes. The third rule is about weights in 16 bits: a small update may be lost in them.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from fettle.models.forest import Forest
 
 SEQUENCES, LENGTH, SEED = 4, 48, 20240
-FLOOR = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-TIMES = 4.0  # an export rounds its weights once more than the model did, and elsewhere
-HEARD = 3.0  # the share of the adaptation is measured where its effect is not this many times below the rounding
+FLOOR = {torch.float64: 1e-6}  # of a model in float64; 1e-4 for others
+LOST = 0.1  # of the adaptation's effect, at most
 
 
 @dataclass(frozen=True)
 class Parity:
     """What a comparison found; it stands in the manifest of an export."""
 
-    largest_difference: float
+    largest_difference: float  # between what was read back and the adapted model: the rounding of merged weights
     mean_difference: float
-    tolerance: float
+    written_difference: float  # between what was read back and what was to be written
+    tolerance: float  # of the latter
     same_top: float  # share of positions where both have the same likeliest token
-    effect_kept: float | None  # c above; None where the adaptation has no effect to be heard
+    effect_kept: float | None  # c above; None where there is no adaptation to be switched off
     dtype: str
     tokens: int
     checked_with: str
@@ -50,19 +50,24 @@ class Parity:
 
 @dataclass(frozen=True)
 class Reference:
-    """Logits [N, V] of a model on the probes."""
+    """Logits [N, V] of a model on the probes, in float32."""
 
     probes: tuple[tuple[int, ...], ...]
-    adapted: Tensor  # as it is, by the path that training takes
-    wide: Tensor  # in float32
-    base: Tensor | None  # in float32, with its adapters off; None where it has none
-    dtype: torch.dtype
-    rounding: float = 0.0  # the largest difference that 16 bits make
+    adapted: Tensor  # by the path that training takes
+    base: Tensor | None  # with its adapters off; None where it has none
+    dtype: torch.dtype  # of what is written
 
-    @property
-    def tolerance(self) -> float:
-        """The largest difference that rounding explains."""
-        return max(FLOOR[self.dtype] * max(1.0, self.adapted.abs().max().item()), TIMES * self.rounding)
+    def agree(self, found: Tensor, wanted: Tensor, what: str) -> tuple[float, float]:
+        """(largest difference, tolerance). FettleError where `found` is not `wanted`, but for float32's rounding."""
+        if found.shape != wanted.shape:
+            raise FettleError(f"{what}: logits have shape {tuple(found.shape)}, the model's {tuple(wanted.shape)}")
+        difference = (found - wanted).abs().max().item()
+        tolerance = FLOOR.get(self.dtype, 1e-4) * max(1.0, wanted.abs().max().item())
+        if not difference <= tolerance:  # also where it is not a number
+            raise FettleError(
+                f"{what}: logits differ by {difference:.3g}, and {tolerance:.3g} is what rounding explains; nothing was written"
+            )
+        return difference, tolerance
 
 
 def probes(vocabulary: int, bound: int | None, shunned: int | None = None) -> tuple[tuple[int, ...], ...]:
@@ -74,34 +79,38 @@ def probes(vocabulary: int, bound: int | None, shunned: int | None = None) -> tu
     return tuple(tuple(map(int, row)) for row in drawn)
 
 
-def measure(forest: Forest) -> Reference:
-    """The reference of a model with its edits applied; the model is left as it was."""
+def measure(forest: Forest, dtype: torch.dtype | None = None) -> Reference:
+    """The reference of a model with its edits applied, to be written in its own type or in `dtype`; it is left as it was."""
     model: Any = forest.model
     rows = probes(model.get_input_embeddings().weight.shape[0], forest.context, _shunned(forest))
     modules = [m for m in forest.model.modules() if isinstance(getattr(m, "enabled", None), bool)]
-    adapted = _forest_logits(forest, rows)
-    narrow = plain_logits(model, rows)
-    with _widened(model):
-        wide = plain_logits(model, rows)
-        base = None
+    base = None
+    with widened(model):
+        adapted = _forest_logits(forest, rows)
         if modules:
             with _switched_off(modules):
-                base = plain_logits(model, rows)
-    return Reference(rows, adapted, wide, base, model.dtype, (wide - narrow).abs().max().item())
+                base = _forest_logits(forest, rows)
+    return Reference(rows, adapted, base, dtype or model.dtype)
 
 
 @contextmanager
-def _widened(model: nn.Module) -> Iterator[None]:
+def widened(model: nn.Module) -> Iterator[None]:
     """The same weights in float32, in place: there and back loses nothing, and costs no second copy."""
-    every: list[Tensor] = [*model.parameters(), *model.buffers()]
-    narrow = [(t, t.dtype) for t in every if t.dtype in (torch.float16, torch.bfloat16)]
+    narrow = widen(model)
     try:
-        for tensor, _ in narrow:
-            tensor.data = tensor.data.float()
         yield
     finally:
         for tensor, dtype in narrow:
             tensor.data = tensor.data.to(dtype)
+
+
+def widen(model: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
+    """Bring weights and buffers of 16 bits to float32, in place; what each was."""
+    every: list[Tensor] = [*model.parameters(), *model.buffers()]
+    narrow = [(t, t.dtype) for t in every if t.dtype in (torch.float16, torch.bfloat16)]
+    for tensor, _ in narrow:
+        tensor.data = tensor.data.float()
+    return narrow
 
 
 @contextmanager
@@ -164,30 +173,32 @@ def plain_logits(model: nn.Module, rows: tuple[tuple[int, ...], ...]) -> Tensor:
     return logits.reshape(-1, logits.shape[-1]).float().cpu()
 
 
-def check(reference: Reference, reread: Callable[[tuple[tuple[int, ...], ...]], Tensor], what: str, by: str) -> Parity:
-    """Compare what was written, through `reread(probes) -> logits [N, V]`; FettleError where it is another model."""
-    found = reread(reference.probes)
-    wanted = reference.adapted
-    if found.shape != wanted.shape:
-        raise FettleError(
-            f"{what}: the export gives logits of shape {tuple(found.shape)}, the model {tuple(wanted.shape)}"
-        )
+def wide_logits(model: nn.Module, rows: tuple[tuple[int, ...], ...]) -> Tensor:
+    """`plain_logits`, computed in float32."""
+    with widened(model):
+        return plain_logits(model, rows)
+
+
+def check(
+    reference: Reference, reread: Callable[[tuple[tuple[int, ...], ...]], Tensor], what: str, by: str,
+    written: Tensor | None = None,
+) -> Parity:  # fmt: skip
+    """Compare what was written, through `reread(probes) -> logits [N, V]` in float32; FettleError where it is another model.
+
+    `written`: the logits of what was to be written, in float32, where that is not the adapted model itself.
+    """
+    found, wanted = reread(reference.probes), reference.adapted
+    differs, tolerance = reference.agree(found, wanted if written is None else written, what)
     difference = (found - wanted).abs()
-    tolerance = reference.tolerance
     parity = Parity(
-        difference.max().item(), difference.mean().item(), tolerance,
+        difference.max().item(), difference.mean().item(), differs, tolerance,
         (found.argmax(-1) == wanted.argmax(-1)).double().mean().item(), _kept(reference, found),
         str(reference.dtype).removeprefix("torch."), len(found), by,
     )  # fmt: skip
-    if not parity.largest_difference <= tolerance:  # also where it is not a number
+    if parity.effect_kept is not None and abs(parity.effect_kept - 1) > LOST:
         raise FettleError(
-            f"{what}: the exported model's logits differ by {parity.largest_difference:.3g} from the adapted model's, and "
-            f"{tolerance:.3g} is what {parity.dtype} rounding explains; nothing was written"
-        )
-    if parity.effect_kept is not None and abs(parity.effect_kept - 1) > 0.1:
-        raise FettleError(
-            f"{what}: {parity.effect_kept:.0%} of the adaptation arrived in the export; nothing was written. Export in float32, "
-            "where rounding loses nothing, or as a peft adapter, which is not merged"
+            f"{what}: {parity.effect_kept:.0%} of the adaptation arrived in weights rounded to {parity.dtype}; nothing was "
+            "written. Export with --dtype float32, where rounding loses nothing, or --to peft, which is not merged"
         )
     return parity
 
@@ -196,13 +207,12 @@ def _kept(reference: Reference, found: Tensor) -> float | None:
     if reference.base is None:
         return None
     base = reference.base
-    wide, found = (logits[:, : base.shape[1]] for logits in (reference.wide, found))  # a vocabulary may have grown
-    effect, arrived = (wide - base).double(), (found - base).double()
+    adapted, found = (
+        logits[:, : base.shape[1]] for logits in (reference.adapted, found)
+    )  # a vocabulary may have grown
+    effect, arrived = (adapted - base).double(), (found - base).double()
     power = effect.square().sum().item()
-    noise = (found - wide).double().square().sum().item()
-    if power == 0 or noise > HEARD**2 * power:
-        return None
-    return (effect * arrived).sum().item() / power
+    return (effect * arrived).sum().item() / power if power > 0 else None
 
 
 def facts(parity: Parity) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fettle.core.families import Edit
 from fettle.core.files import new_folder, read_json, write_json
 from fettle.export import peft_ia3, peft_lora, peft_prompts
 from fettle.export.common import save_tokenizer, write_manifest
-from fettle.export.parity import Parity, check, measure, plain_logits
+from fettle.export.parity import Parity, check, measure, wide_logits
 from fettle.models.load import load
 from fettle.models.surgery import added
 from fettle.models.weight import is_quantized
@@ -69,8 +69,10 @@ TASKS = {"classify": "SEQ_CLS", "tag": "TOKEN_CLS"}
 STEM = "base_model.model."
 
 
-def export_peft(forest: Forest, edits: Sequence[Edit], folder: Path) -> Parity:
+def export_peft(forest: Forest, edits: Sequence[Edit], folder: Path, dtype: torch.dtype | None = None) -> Parity:
     """Write the adapter; read it back with `peft` where that is installed, else with `read_peft`, on a fresh base; compare."""
+    if dtype is not None:
+        raise FettleError("export: --dtype is for merged weights; a peft adapter keeps the type it was trained in")
     edit, rest = _only_one(forest, edits)
     method = _conversion(edit)
     saved = _saved_modules(forest.model, rest, [edit, *rest])
@@ -168,7 +170,7 @@ def _reloaded(forest: Forest, rest: Sequence[Edit], folder: Path) -> tuple[nn.Mo
 
 def _text_logits(model: nn.Module, rows: tuple[tuple[int, ...], ...], front: int) -> Tensor:
     """Logits of the texts alone, without the `front` rows before each."""
-    logits = plain_logits(model, rows)
+    logits = wide_logits(model, rows)
     return logits.view(len(rows), -1, logits.shape[-1])[:, front:].flatten(0, 1)
 
 

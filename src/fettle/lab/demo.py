@@ -47,8 +47,8 @@ def demo(data: str | None = None, short: bool = False, console: Console | None =
     console.rule("fettle export runs/quickstart --to hf")
     parity = export(tuned, edits, output / "merged", "hf")
     console.print(
-        f"{output / 'merged'}: reads back with {parity.checked_with}; its logits differ from the adapter's by "
-        f"{parity.largest_difference:.2g} at most (allowed: {parity.tolerance:.2g})"
+        f"{output / 'merged'}: reads back with {parity.checked_with}, logits {parity.written_difference:.2g} from what was written "
+        f"at most (allowed: {parity.tolerance:.2g}); rounding to {parity.dtype} moved them by {parity.largest_difference:.2g} at most"
     )
     next_steps(output, console)
     return artifact

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from fettle.core import FettleError
 from fettle.core.files import read_json, verify, write_json
@@ -41,7 +42,7 @@ def adapted(folder: Path, dtype: str = "float32", size: float = 0.1, **settings)
 def test_every_format_reads_back(tiny_llama: Path, tmp_path: Path, to: str, dtype: str) -> None:
     forest, edits = adapted(tiny_llama, dtype)
     parity = export(forest, edits, tmp_path / "out", to)
-    assert parity.largest_difference <= parity.tolerance and parity.dtype == dtype
+    assert parity.written_difference <= parity.tolerance < 1e-3 and parity.dtype == dtype
     assert parity.largest_difference < {"float32": 1e-5, "bfloat16": 0.05}[dtype]
     assert parity.effect_kept == pytest.approx(1, abs=1e-4 if dtype == "float32" else 0.05)
     assert parity.same_top > 0.9 and parity.tokens == 4 * 48
@@ -85,10 +86,10 @@ def test_an_export_that_differs_leaves_nothing(tiny_llama: Path, tmp_path: Path,
     monkeypatch.undo()
     whole = hf_module.merged
 
-    def lossy(forest, edits):
-        model = whole(forest, edits)
+    def lossy(*given):
+        model, written = whole(*given)
         model.lm_head.weight.data[7] += 1
-        return model
+        return model, written
 
     monkeypatch.setattr(hf_module, "merged", lossy)
     with pytest.raises(FettleError, match="logits differ by .* nothing was written"):
@@ -98,21 +99,53 @@ def test_an_export_that_differs_leaves_nothing(tiny_llama: Path, tmp_path: Path,
     ]
 
 
-def test_a_lost_adapter_is_heard_below_the_tolerance() -> None:
+def test_a_lost_adapter_is_heard() -> None:
     torch.manual_seed(0)
     base = torch.randn(50, 30) * 10
     adapted_logits = base + torch.randn(50, 30) * 0.02
-    reference = Reference(((0,),), adapted_logits, adapted_logits, base, torch.bfloat16, rounding=0.1)
-    with pytest.raises(FettleError, match="0% of the adaptation arrived"):
+    reference = Reference(((0,),), adapted_logits, base, torch.bfloat16)
+    with pytest.raises(FettleError, match="differ by"):
         check(reference, lambda _: base, "x", "test")
+    with pytest.raises(FettleError, match="0% of the adaptation arrived.*--dtype float32"):
+        check(reference, lambda _: base, "x", "test", base)
+    half = (base + adapted_logits) / 2
     with pytest.raises(FettleError, match="50% of the adaptation"):
-        check(reference, lambda _: (base + adapted_logits) / 2, "x", "test")
+        check(reference, lambda _: half, "x", "test", half)
     noisy = adapted_logits + torch.randn(50, 30) * 0.02
-    assert check(reference, lambda _: noisy, "x", "test").effect_kept == pytest.approx(1, abs=0.1)
+    assert check(reference, lambda _: noisy, "x", "test", noisy).effect_kept == pytest.approx(1, abs=0.1)
+    with pytest.raises(FettleError, match="differ by"):
+        check(reference, lambda _: noisy, "x", "test")
     with pytest.raises(FettleError, match="differ by nan"):
         check(reference, lambda _: base * torch.nan, "x", "test")
     with pytest.raises(FettleError, match="shape"):
         check(reference, lambda _: base[:, :5], "x", "test")
+
+
+def test_one_weight_changed_on_the_way_is_heard_in_sixteen_bits(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
+    forest = opened(tiny_llama, "bfloat16")
+    assert export(forest, [], tmp_path / "same", "hf").largest_difference < 1e-4
+    read = AutoModelForCausalLM.from_pretrained
+
+    def off(*args, **settings):
+        model = read(*args, **settings)
+        model.model.layers[0].mlp.up_proj.weight.data[3] *= 1.05
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", off)
+    with pytest.raises(FettleError, match="logits differ"):
+        export(forest, [], tmp_path / "other", "hf")
+
+
+def test_a_small_update_is_refused_in_sixteen_bits_and_whole_in_float32(tiny_llama: Path, tmp_path: Path) -> None:
+    forest, edits = adapted(tiny_llama, "bfloat16", size=0.002)
+    with pytest.raises(FettleError, match="of the adaptation arrived.*--dtype float32"):
+        export(forest, edits, tmp_path / "narrow", "hf")
+    parity = export(forest, edits, tmp_path / "wide", "hf", "float32")
+    assert parity.effect_kept == pytest.approx(1, abs=0.02)
+    assert load(ModelSpec(path=str(tmp_path / "wide"), dtype="float32")).model.dtype == torch.float32
+    assert export(forest, edits, tmp_path / "peft", "peft").effect_kept == pytest.approx(1, abs=1e-2)
+    with pytest.raises(FettleError, match="--dtype is for merged weights"):
+        export(forest, edits, tmp_path / "no", "peft", "float32")
 
 
 def test_unknown_format(tiny_llama: Path, tmp_path: Path) -> None:
