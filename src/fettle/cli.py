@@ -160,7 +160,12 @@ def export(
     model: ModelName,
     to: Annotated[str, typer.Option(help="hf (merged folder), peft (adapter), llama (.pth and params.json)")] = "hf",
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="folder to write; default: <model>/<format>")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="folder to write; default: <model>/<format>, or <name>-<format> here for a model that is no folder",
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="of merged weights: float32, bfloat16, float16; default: the model's")
@@ -171,7 +176,7 @@ def export(
     from fettle.stages import open_model
 
     forest, edits = open_model(model)
-    target = output or Path(model) / to
+    target = output or (Path(model) / to if Path(model).is_dir() else Path(f"{Path(model).name}-{to}"))
     parity = write(forest, edits, target, to, dtype)
     print(
         f"{target}: reads back with {parity.checked_with}, {parity.written_difference:.2g} from what was written at most "

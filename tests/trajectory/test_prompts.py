@@ -72,4 +72,4 @@ def test_check_says_what_trains_and_whether_the_texts_fit(recipe: Path, fettle: 
     assert long.returncode == 1
     assert "behind a soft prompt of 500" in " ".join((long.stdout + long.stderr).split())
     twice = fettle("check", str(recipe), "edits=[{kind: prompt_tuning}, {kind: p_tuning_v2}]")
-    assert twice.returncode == 1 and "has a soft prompt already" in " ".join(twice.stderr.split())
+    assert twice.returncode == 1 and "a model takes one soft prompt" in " ".join(twice.stderr.split())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -153,17 +155,116 @@ def test_only_the_newest_are_kept_and_a_run_is_not_overwritten(recipe: Path, fet
     assert fettle("run", str(recipe)).returncode == 0
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == ["step-00000006", "step-00000008"]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
     again = fettle("run", str(recipe))
     assert again.returncode == 1 and "holds a run already" in again.stderr
-    other = fettle("run", str(recipe), "optim.lr=1e-3", "optim.steps=9", "--resume", before="import shutil")
-    assert other.returncode in (0, 1)
 
 
-def test_resuming_another_recipe_is_refused(recipe: Path, fettle: Fettle, tmp_path: Path) -> None:
-    died = fettle("run", str(recipe), before="import fettle.stages.tune as t\nt.save_artifact = lambda *a: 1 / 0")
-    assert died.returncode != 0
+@pytest.mark.parametrize("finished", [False, True])
+def test_resuming_with_another_recipe_or_other_data_is_refused(
+    finished: bool, recipe: Path, fettle: Fettle, tmp_path: Path
+) -> None:
+    failing = "" if finished else "import fettle.stages.tune as t\nt.save_artifact = lambda *a: 1 / 0"
+    assert (fettle("run", str(recipe), before=failing).returncode == 0) is finished
     other = fettle("run", str(recipe), "optim.lr=1e-3", "--resume")
-    assert other.returncode == 1 and "another recipe" in other.stderr
+    assert other.returncode == 1 and "another recipe (optim.lr: 0.005 then, 0.001 now)" in other.stderr
+    data = tmp_path / "data.jsonl"
+    whole = data.read_text()
+    data.write_text(whole.replace("Count 3.", "Count 4."))
+    changed = fettle("run", str(recipe), "--resume")
+    assert changed.returncode == 1 and "other data" in changed.stderr and "data.jsonl' has changed" in changed.stderr
+    data.write_text(whole)
+    done = fettle("run", str(recipe), "--resume")
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_follows_the_artifact_is_made_up_for(recipe: Path, fettle: Fettle, tmp_path: Path) -> None:
+    text = tmp_path / "held.txt"
+    text.write_text("one two three four five six")
+    words = ("run", str(recipe), f"evaluate=[{{kind: perplexity, path: {text}}}]")
+    kill = "import os\ndef kill(*a, **k): os.kill(os.getpid(), 9)\nimport fettle.stages.tune as t\n"
+    assert fettle(*words, before=kill + "t.evaluate = kill").returncode == -signal.SIGKILL
+    folder = tmp_path / "run"
+    assert not (folder / "evaluation").exists() and not (folder / "report.md").exists()
+    assert fettle(*words, "--resume", before=kill + "t.write_report = kill").returncode == -signal.SIGKILL
+    assert (folder / "evaluation" / "results.json").exists() and not (folder / "report.md").exists()
+    done = fettle(*words, "--resume", before=kill + "t.evaluate = kill")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "loss.png").exists()
+    report = (folder / "report.md").read_text()
+    assert "## Evaluation" in report and "perplexity" in report and "useful tokens/s" in report
+
+
+def test_a_run_whose_every_loss_is_not_finite_has_a_report(recipe: Path, fettle: Fettle, tmp_path: Path) -> None:
+    done = fettle("run", str(recipe), "optim.lr=1e30", "optim.warmup=0", "not_finite=skip")
+    assert done.returncode == 0, done.stderr
+    assert "-> not finite" in (tmp_path / "run" / "report.md").read_text()
+
+
+LIMIT = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def full(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+def after(call, size):
+    def wrapped(*a, **k):
+        full(size)
+        return call(*a, **k)
+    return wrapped
+"""
+PLACES = {
+    "data": ("import fettle.stages.tune as t; t.prepare = after(t.prepare, 300)", "/cache/"),
+    "metrics": ("import fettle.train.log as l; l.Log.row = after(l.Log.row, 300)", "metrics.jsonl"),
+    "artifact": ("import fettle.stages.tune as t; t.save_artifact = after(t.save_artifact, 4000)", "/artifact"),
+    "report": ("import fettle.stages.tune as t; t.write_report = after(t.write_report, 300)", "/loss.png"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_full_disk_is_one_sentence_and_loses_nothing(
+    place: str, recipe: Path, fettle: Fettle, tmp_path: Path, expected: tuple
+) -> None:
+    code, name = PLACES[place]
+    died = fettle("run", str(recipe), before=LIMIT + code)
+    said = died.stderr.replace("\n", "")
+    assert died.returncode == 1 and "Traceback" not in said, died.stderr
+    assert f"{tmp_path}/run" in said and name in said and "cannot be written (File too large); make room" in said
+    finish(fettle, recipe, tmp_path / "run", expected)
+    assert (tmp_path / "run" / "report.md").exists()
+
+
+def test_an_output_below_a_file_is_one_sentence(recipe: Path, fettle: Fettle, tmp_path: Path) -> None:
+    died = fettle("run", str(recipe), f"output={tmp_path / 'data.jsonl' / 'x'}")
+    assert died.returncode == 1 and "Traceback" not in died.stderr
+    assert "data.jsonl/x" in died.stderr and "cannot be written (Not a directory)" in died.stderr
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(recipe: Path, tmp_path: Path) -> None:
+    slow = (
+        "import fettle.train.loop as l, time; step = l.run_step\nl.run_step = lambda *a: (time.sleep(0.3), step(*a))[1]"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = [
+        subprocess.Popen(
+            command("run", str(recipe), "checkpoint.every=100", before=slow), stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.DEVNULL, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while all(c.poll() is None for c in children) and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.05)
+    children[1].send_signal(signal.SIGTERM)
+    try:
+        said = [child.communicate(timeout=60)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [128 + signal.SIGTERM] * 2, said
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
 
 
 def test_verify_is_what_finds_damage(tmp_path: Path) -> None:

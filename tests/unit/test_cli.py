@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fettle.cli import main
+from fettle.core.errors import FettleError
 
 VERBS = [
     ["check"], ["run"], ["chat"], ["eval"], ["export"], ["schema"],
@@ -53,6 +54,27 @@ def test_an_override_reaches_the_recipe(tmp_path: Path, capsys: pytest.CaptureFi
     recipe.write_text("data:\n  - {path: a.jsonl}\noutput: out\n")
     assert code_of(["run", str(recipe), "optim.lr=fast"]) == 1
     assert "optim.lr" in capsys.readouterr().err
+
+
+def test_an_export_goes_beside_a_folder_or_gets_a_name_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fettle.export
+    import fettle.stages
+
+    written: list[Path] = []
+
+    def export(forest: object, edits: object, target: Path, *more: object) -> object:
+        written.append(target)
+        raise FettleError("enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fettle.stages, "open_model", lambda name: (None, ()))
+    monkeypatch.setattr(fettle.export, "export", export)
+    (tmp_path / "mine").mkdir()
+    for arguments in (["fettle/tiny"], ["mine", "--to", "llama"], ["fettle/tiny", "-o", "there"]):
+        assert code_of(["export", *arguments]) == 1
+    assert written == [Path("tiny-hf"), Path("mine/llama"), Path("there")]
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

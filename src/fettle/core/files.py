@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,51 @@ import orjson
 from fettle.core.errors import FettleError
 
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FOREIGN = re.compile(r"\(os error (\d+)\)")  # how libraries in Rust tell of a system's error, in types of their own
+ASIDE = re.compile(r"\.(.+)\.(\d+)\.(tmp|old)")  # what is written aside: its name, its process, and what it is
+
+
+class NotWritten(FettleError):
+    """The system refuses to write. `reason` is the system's own."""
+
+    def __init__(self, path: Path, reason: str, full: bool) -> None:
+        super().__init__(
+            f"{path}: cannot be written ({reason}); {'make room and go on' if full else 'choose another place, or clear the way'}"
+        )
+        self.reason, self.full = reason, full
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """NotWritten with the name of `path` where the system refuses a write: a full disk, no permission, a file in the way."""
+    try:
+        yield
+    except NotWritten as error:  # of a part of it, written aside
+        raise NotWritten(path, error.reason, error.full) from error.__cause__
+    except Exception as error:
+        foreign = FOREIGN.search(str(error))
+        if foreign is None and (not isinstance(error, OSError) or _elsewhere(error, path)):
+            raise
+        number = int(foreign[1]) if foreign else getattr(error, "errno", None)
+        raise NotWritten(path, os.strerror(number) if number else str(error), number in FULL) from error
+
+
+def _elsewhere(error: OSError, path: Path) -> bool:
+    """Whether an error has nothing to do with writing `path`: of a connection, or of a file that is read meanwhile."""
+    if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__ != "builtins":
+        return True
+    if not isinstance(error.filename, (str, os.PathLike)):
+        return False
+    at, home = Path(error.filename).absolute(), path.absolute().parent
+    return not (at.is_relative_to(home) or home.is_relative_to(at))
+
+
+def make_folder(path: Path) -> Path:
+    """The folder, made with those above it where they are not there. FettleError where it cannot be."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def sha256(path: Path) -> str:
@@ -41,17 +88,18 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
 
     A reader sees the old bytes or the whole new ones, never a part; a body that fails leaves what was there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(aside, "wb") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -85,23 +133,57 @@ def new_folder(path: Path) -> Iterator[Path]:
     On leaving, a manifest of SHA-256 hashes is added (merged into `manifest.json` where the body
     wrote one), everything is synced, and only then does the name appear.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
-        seal(aside)
-        if path.exists():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            os.replace(path, old)
-            os.replace(aside, path)
-            shutil.rmtree(old)
+    aside, old = (path.with_name(f".{path.name}.{os.getpid()}.{what}") for what in ("tmp", "old"))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent, path.name)
+        aside.mkdir()
+        try:
+            yield aside
+            seal(aside)
+            if path.exists():
+                os.replace(path, old)
+                try:
+                    os.replace(aside, path)
+                except OSError:
+                    os.replace(old, path)
+                    raise
+                shutil.rmtree(old)
+            else:
+                os.replace(aside, path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Undo in a folder what killed processes left half-done, of one name or of all.
+
+    `.old` is what a name held before: it is put back where the process died before the new one got the name.
+    """
+    for path in sorted(folder.glob(".*")):
+        found = ASIDE.fullmatch(path.name)
+        if found is None or found[1] != (name or found[1]) or _lives(int(found[2])):
+            continue
+        if found[3] == "old" and not path.with_name(found[1]).exists():
+            os.replace(path, path.with_name(found[1]))
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            os.replace(aside, path)
-        sync(path.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    """Whether another process of that number is there."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
 
 
 def seal(folder: Path) -> None:

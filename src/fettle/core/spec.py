@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Annotated, Any, Union, get_args
+from typing import Annotated, Any, ClassVar, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+Where = tuple[str | int, ...]  # a path of keys into a document
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -22,6 +25,17 @@ class Spec(BaseModel):
     """Base of every part of a recipe. Unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    plain: ClassVar[str | None] = None  # the key that a string in place of a mapping stands for, if one may
+
+
+def refuse(problems: Iterable[tuple[Where, str]]) -> None:
+    """For a Spec's own validator: every problem as an error of its place within the Spec, so that it gets that key's line."""
+    found = [
+        InitErrorDetails(type=PydanticCustomError("value_error", "{what}", {"what": what}), loc=where, input=None)
+        for where, what in problems
+    ]
+    if found:
+        raise ValidationError.from_exception_data("recipe", found)
 
 
 def concrete(family: type[Spec]) -> dict[str, type[Spec]]:
@@ -50,16 +64,25 @@ def one_of(family: type[Spec], default: str | None = None) -> Any:
 
 def fields_at(annotation: Any, where: Iterable[str | int]) -> set[str]:
     """The keys that a document of type `annotation` may have at a pydantic location `where`."""
+    return {name for model in _models_at(annotation, where) for name in model.model_fields}
+
+
+def plain_at(annotation: Any, where: Iterable[str | int]) -> list[str]:
+    """The keys that a plain string may stand for at a place of such a document."""
+    return list(dict.fromkeys(m.plain for m in _models_at(annotation, where) if m.plain))
+
+
+def _models_at(annotation: Any, where: Iterable[str | int]) -> list[type[Spec]]:
     at = [annotation]
     for step in where:
         inner = [m for a in at for m in _models(a)]
         tagged = [m for m in inner if "kind" in m.model_fields and m.model_fields["kind"].default == step]
         named = [m.model_fields[step].annotation for m in inner if step in m.model_fields]
         at = tagged or named or at
-    return {name for a in at for m in _models(a) for name in m.model_fields}
+    return [m for a in at for m in _models(a)]
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _models(annotation: Any) -> list[type[Spec]]:
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
         return [annotation]
     return [m for inner in get_args(annotation) for m in _models(inner)]

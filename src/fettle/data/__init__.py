@@ -1,5 +1,6 @@
 """Data: read, format, render and mask, mix, pack."""
 
+from fettle.data.build import content_hash as content_hash
 from fettle.data.formats import Sample as Sample
 from fettle.data.formats import detect as detect
 from fettle.data.formats import to_sample as to_sample

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fettle.core.errors import FettleError
-from fettle.core.files import new_folder, sha256, write_bytes
+from fettle.core.files import new_folder, sha256, write_bytes, writing
 from fettle.data import hub
 from fettle.data.formats import Sample, chat, detect, to_sample
 from fettle.data.forms import LABELLED
@@ -48,12 +48,20 @@ def _key(spec: DataSpec, encoder: Encoder) -> str:
         include={"path", "format", "template", "chat", "learn", "documents", "limit", "name", "split", "revision"}
     )
     # max_bad decides whether there is a store at all, so it belongs to the key too
-    if spec.is_hub:
-        content: Any = hub.commit(spec)
-    else:
-        content = [(str(file), file.stat().st_size, sha256(file)) for file in files(spec.path)]
-    parts = [VERSION, decides, spec.max_bad, content, encoder.identity()]
+    parts = [VERSION, decides, spec.max_bad, _content(spec), encoder.identity()]
     return hashlib.sha256(orjson.dumps(parts)).hexdigest()[:32]
+
+
+def _content(spec: DataSpec) -> Any:
+    """What a source holds now: a data set's commit, or its files with their hashes."""
+    if spec.is_hub:
+        return hub.commit(spec)
+    return [(str(file), file.stat().st_size, sha256(file)) for file in files(spec.path)]
+
+
+def content_hash(spec: DataSpec) -> str:
+    """One hash over what a source holds now."""
+    return hashlib.sha256(orjson.dumps(_content(spec))).hexdigest()
 
 
 @contextmanager
@@ -64,8 +72,14 @@ def _locked(path: Path) -> Iterator[None]:
     except ImportError:  # a system without these locks
         yield
         return
-    with open(path, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with writing(path):
+        handle = open(path, "w")
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            Console(stderr=True).print(f"{path}: another process encodes the same data; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 

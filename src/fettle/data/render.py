@@ -19,7 +19,7 @@ import orjson
 
 from fettle.core.errors import FettleError
 
-STALLED = 20.0  # seconds without a sign of life: far over what the worker's own limits allow
+STALLED = 60.0  # seconds without a sign of life, from the start on: far over what the worker's own limits allow
 REASONS = {
     3: "the template needs more than 256 MiB of memory",
     -24: "the template does not end within 2 seconds of processor time",
@@ -83,6 +83,17 @@ class Worker:
             script = Path(__file__).with_name("worker.py")
             command = [sys.executable, "-I", "-X", "utf8", str(script)]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            try:
+                _Frames(self._process).next()  # it says so when it is ready
+            except (EOFError, TimeoutError) as error:
+                if isinstance(error, TimeoutError):
+                    self.close()
+                    raise _silent() from None
+                code = self._process.wait()
+                self.close()
+                raise FettleError(
+                    f"the process that renders templates does not start (code {code}); its own words are above"
+                ) from None
         return self._process
 
     def _some(self, jobs: Sequence[Job], context: dict[str, Any]) -> list[Rendering]:
@@ -106,22 +117,23 @@ class Worker:
                 answer = orjson.loads(frames.next())
                 fatal = fatal or (answer["error"] if answer.get("fatal") else "")
                 done.append(_rendering(answer))
-        except (EOFError, BrokenPipeError, TimeoutError) as error:
-            if isinstance(error, TimeoutError):
-                process.kill()
+        except TimeoutError:
+            self.close()
+            raise _silent() from None
+        except (EOFError, BrokenPipeError):
             code = process.wait()
             self.close()
-            reason = REASONS.get(code, f"the template stops its process (code {code})")
-            done.append(
-                Rendering(
-                    error=f"the template gave no sign of life for {STALLED:g} s"
-                    if isinstance(error, TimeoutError)
-                    else reason
-                )
-            )
+            done.append(Rendering(error=REASONS.get(code, f"the template stops its process (code {code})")))
         if fatal:
             raise FettleError(f"the template is not valid Jinja: {fatal}")
         return done
+
+
+def _silent() -> FettleError:
+    """No template can do that, since its processor time is bounded: it is the machine."""
+    return FettleError(
+        f"the process that renders templates gave no sign of life for {STALLED:g} s; is the machine too busy? try again"
+    )
 
 
 class _Frames:
@@ -131,10 +143,12 @@ class _Frames:
         assert process.stdin and process.stdout
         self.input, self.output = process.stdin.fileno(), process.stdout.fileno()
         self.data, self.at = b"", 0
+        os.set_blocking(self.input, False)
 
     def write(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
+            _await(self.input, selectors.EVENT_WRITE)
             view = view[os.write(self.input, view) :]
 
     def next(self) -> bytes:
@@ -152,16 +166,21 @@ class _Frames:
         return self.data[self.at - size : self.at]
 
     def _read(self) -> bytes:
-        with selectors.DefaultSelector() as ready:
-            ready.register(self.output, selectors.EVENT_READ)
-            deadline = time.monotonic() + STALLED
-            while not ready.select(max(deadline - time.monotonic(), 0)):
-                if time.monotonic() >= deadline:
-                    raise TimeoutError
+        _await(self.output, selectors.EVENT_READ)
         piece = os.read(self.output, 1 << 20)
         if not piece:
             raise EOFError
         return piece
+
+
+def _await(pipe: int, event: int) -> None:
+    """Wait until a pipe can be read or written. TimeoutError after STALLED seconds."""
+    with selectors.DefaultSelector() as ready:
+        ready.register(pipe, event)
+        deadline = time.monotonic() + STALLED
+        while not ready.select(max(deadline - time.monotonic(), 0)):
+            if time.monotonic() >= deadline:
+                raise TimeoutError
 
 
 def _rendering(answer: dict[str, Any]) -> Rendering:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fettle.core.batch import Batch, Example, pack
 from fettle.core.errors import FettleError
-from fettle.core.files import write_bytes
+from fettle.core.files import make_folder, write_bytes
 from fettle.data.build import encoded
 from fettle.data.forms import Form
 from fettle.data.mix import ROWS, epoch_order, shares
@@ -197,8 +197,7 @@ def prepare(
         raise FettleError(f"batch.tokens: {length} tokens hold no prediction; at least 2 are needed")
     if not specs:
         raise FettleError("data: no source is given")
-    folder = cache or _temporary()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(cache or _temporary())
     encoder = Encoder(tokenizer, form=form)
     try:
         sources = [_source(spec, encoder, length, folder) for spec in specs]

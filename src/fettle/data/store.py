@@ -19,7 +19,7 @@ import orjson
 
 from fettle.core.batch import Node
 from fettle.core.errors import FettleError
-from fettle.core.files import MANIFEST, new_folder, verify, write_json
+from fettle.core.files import MANIFEST, verify, write_json
 from fettle.data.template import Encoded, Span, weights_of
 
 ARRAYS = (
@@ -172,6 +172,3 @@ def cached(cache: Path, key: str) -> Store | None:
         return open_store(folder)
     except FettleError:
         return None
-
-
-new_store = new_folder

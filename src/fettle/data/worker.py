@@ -1,6 +1,7 @@
 """The process that renders templates nobody vouches for: a script, run alone, that imports nothing of fettle.
 
 It reads frames of jobs from stdin and writes one frame an answer to stdout; a frame is four bytes of length and JSON.
+The first frame, an empty one, says that it is ready.
 The kernel bounds its memory, its processor time for each job and its files, so that no template can outlast them:
 an operator in C that never comes back ends the process, and the parent names the job.
 """
@@ -235,6 +236,8 @@ def main() -> None:
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     compiled: dict[tuple[str, bool], Any] = {}
     confine()
+    sink.write(struct.pack("<I", 0))  # an empty frame: ready
+    sink.flush()
     while len(head := source.read(4)) == 4:
         request = orjson.loads(source.read(struct.unpack("<I", head)[0]))
         flushed = time.monotonic()

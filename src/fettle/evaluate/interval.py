@@ -25,15 +25,19 @@ SCORES, CHANGES = (0.0, 1.0), (-1.0, 1.0)  # the bounds of a task's score, and o
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over `n` examples with its 95% interval."""
+    """A mean over `n` examples with its 95% interval; one example without bounds has none."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.mean:.3f} [{self.interval(', ')}]"
+
+    def interval(self, between: str = " to ", form: str = ".3f") -> str:
+        """From low to high as text."""
+        return "n/a" if self.low is None else f"{self.low:{form}}{between}{self.high:{form}}"
 
 
 def mean_interval(
@@ -67,7 +71,7 @@ def ratio_interval(
     level: float = 0.95,
     resamples: int = RESAMPLES,
 ) -> Score:
-    """sum(sums) / sum(counts) and its interval, resampling the pairs.
+    """sum(sums) / sum(counts) and its interval, resampling the pairs; a single pair says nothing of others.
 
     Drawing n examples with replacement draws a multinomial count of each distinct one, so examples that
     score the same are drawn together: exact, and quick where scores are 0 or 1.
@@ -76,6 +80,8 @@ def ratio_interval(
     n = len(pairs)
     if not n:
         raise ValueError("an interval needs at least one example")
+    if n == 1:
+        return Score(float(pairs[0, 0] / pairs[0, 1]), None, None, 1)
     distinct, times = np.unique(pairs, axis=0, return_counts=True)
     rng = np.random.default_rng(seed)
     step = max(1, CELLS // len(distinct))

@@ -267,6 +267,8 @@ def macro_f1(
         return (2 * both / np.where(seen, all_of_it, 1)).sum(-1) / np.maximum(seen.sum(-1), 1)
 
     n = int(times.sum())
+    if n == 1:
+        return Score(float(f1(times)), None, None, 1)
     rng = np.random.default_rng(seed)
     step = max(1, CELLS // parts.size)
     drawn = [f1(rng.multinomial(n, times / n, size=min(step, resamples - i))) for i in range(0, resamples, step)]

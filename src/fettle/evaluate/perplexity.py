@@ -147,7 +147,8 @@ def perplexity(
         "nats": math.fsum(sums),
         "bits_per_byte": math.fsum(sums) / math.log(2) / size,
     }
-    return Score(math.exp(nats.mean), math.exp(nats.low), math.exp(nats.high), nats.n), about
+    low, high = (None if edge is None else math.exp(edge) for edge in (nats.low, nats.high))
+    return Score(math.exp(nats.mean), low, high, nats.n), about
 
 
 @torch.no_grad()

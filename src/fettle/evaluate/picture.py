@@ -81,11 +81,12 @@ def _of_model(axes: Any, groups: Sequence[Group], rows: Sequence[float], number:
     label: str | None = name
     for at, score in mine:
         at += (number - (len(models) - 1) / 2) * thick
-        whisker = [[max(0.0, score.mean - score.low)], [max(0.0, score.high - score.mean)]]
+        low, high = (score.mean if edge is None else edge for edge in (score.low, score.high))
+        whisker = [[max(0.0, score.mean - low)], [max(0.0, high - score.mean)]]
         axes.barh(at, score.mean, thick * 0.9, color=COLOURS[number % len(COLOURS)], label=label)
         axes.errorbar(score.mean, at, xerr=whisker, fmt="none", ecolor="#222222", capsize=2, linewidth=1)
         axes.annotate(
-            f"{score.mean:.2f}", (max(score.high, score.mean), at), (5, 0), textcoords="offset points", va="center",
+            f"{score.mean:.2f}", (max(high, score.mean), at), (5, 0), textcoords="offset points", va="center",
             fontsize=7, color="#333333",
         )  # fmt: skip
         label = None  # one bar names the colour

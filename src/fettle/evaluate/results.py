@@ -77,6 +77,11 @@ class Result:
         """The name and value of the main score."""
         return next(iter(self.scores.items()))
 
+    @property
+    def said(self) -> str:
+        """What a score means nothing without: a perplexity's context and stride, as measured."""
+        return ", ".join(f"{key} {self.about[key]}" for key in ("context", "stride") if key in self.about)
+
 
 def _grouped(rows: Sequence[Row], key: str, seed: int) -> dict[str, Score]:
     names = sorted({getattr(r, key) for r in rows} - {""})
@@ -125,7 +130,7 @@ class Results:
             table.add_column(head, justify="right" if head in ("score", "n") else "left")
         for result in self.results:
             for i, (metric, score) in enumerate(result.scores.items()):
-                table.add_row(result.name if not i else "", "", metric, *_cells(score))
+                table.add_row(*((result.name, result.said) if not i else ("", "")), metric, *_cells(score))
             for kind, groups in (("cluster", result.clusters), ("family", result.families)):
                 for name, score in groups.items():
                     table.add_row("", f"{kind} {name}", "", *_cells(score))
@@ -138,7 +143,7 @@ def _result(data: dict[str, Any]) -> Result:
 
 
 def _cells(score: Score) -> tuple[str, str, str]:
-    return f"{score.mean:.3f}", f"{score.low:.3f} to {score.high:.3f}", str(score.n)
+    return f"{score.mean:.3f}", score.interval(), str(score.n)
 
 
 @dataclass(frozen=True)
@@ -231,8 +236,7 @@ def difference_table(differences: Sequence[Difference], titles: Mapping[str, str
 
 
 def _cells_of(c: Change) -> tuple[str, ...]:
-    low, high = c.change.low, c.change.high
-    return f"{c.a:.3f}", f"{c.b:.3f}", f"{c.change.mean:+.3f}", f"{low:+.3f} to {high:+.3f}", str(c.change.n)
+    return f"{c.a:.3f}", f"{c.b:.3f}", f"{c.change.mean:+.3f}", c.change.interval(form="+.3f"), str(c.change.n)
 
 
 def draw(models: dict[str, Results], file: Path, titles: Mapping[str, str] | None = None) -> None:

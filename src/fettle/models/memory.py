@@ -35,10 +35,11 @@ class MemoryPlan:
     """Bytes that a run holds at its peak, by what they are for."""
 
     weights: int  # parameters and buffers
-    gradients: int
+    gradients: int  # of all that trains, as they are when a step's last backward pass ends
     optimizer: int  # moments, and float32 masters of narrower weights
     activations: int  # saved for the backward pass, and what a layer needs while it runs
     logits: int
+    not_at_once: int = 0  # negative: gradients that are not there yet at the peak, where activations fill their place
     allocator: int = 0  # freed memory that the allocator cannot give to the next tensor
     runtime: int = 0  # the interpreter and its libraries
 
@@ -49,7 +50,7 @@ class MemoryPlan:
 
     def rows(self) -> list[tuple[str, int]]:
         """(what, bytes), the total last."""
-        return [*asdict(self).items(), ("total", self.total)]
+        return [*((what.replace("_", " "), size) for what, size in asdict(self).items()), ("total", self.total)]
 
 
 def predict(
@@ -73,16 +74,17 @@ def predict(
         masters = [_master(p, rehearsal) for p in twin.model.parameters() if p.requires_grad]
         for _ in range(min(accumulate, 2)):
             loss(twin, batch).backward()
-    peak, held = rehearsal.peak, sum(4 * p.numel() for p in trained)
+    peak, held = rehearsal.peak, sum(max(4, p.element_size()) * p.numel() for p in trained)
     del masters
     at_update = held + _update_bytes(trained, state_bytes)
     parts = peak.bytes if peak.total >= at_update else {GRADIENT: held, OTHER: at_update - held, LOGITS: 0}
     return MemoryPlan(
         weights=weight_bytes(forest.model),
-        gradients=parts[GRADIENT],
+        gradients=held,
         optimizer=int(sum((state_bytes + 4 * (p.dtype not in WIDE)) * p.numel() for p in trained)),
         activations=parts[OTHER],
         logits=parts[LOGITS],
+        not_at_once=parts[GRADIENT] - held,
         allocator=int(FRAGMENTATION * sum(parts.values())) if device.type == "cpu" else 0,
         runtime=runtime_bytes(forest.model) if device.type == "cpu" else 0,
     )

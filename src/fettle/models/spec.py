@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -19,6 +19,8 @@ def _as_tuple(value: Any) -> Any:
 
 class ModelSpec(Spec):
     """A model of `transformers`. In a recipe a plain string stands for `path`."""
+
+    plain: ClassVar[str | None] = "path"
 
     path: str = Field(EMBEDDED, description="'fettle/tiny' (the embedded base), a folder, or a Hugging Face id")
     revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
@@ -50,7 +52,7 @@ class ModelSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _plain_string(cls, data: Any) -> Any:
-        return {"path": data} if isinstance(data, str) else data
+        return {cls.plain: data} if isinstance(data, str) else data
 
     @model_serializer(mode="wrap")
     def _without_path(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:

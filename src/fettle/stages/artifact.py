@@ -25,7 +25,7 @@ from fettle.core.spec import Spec
 from fettle.models.forest import Forest
 from fettle.models.load import base_hash, folder_of, load
 from fettle.models.spec import ModelSpec
-from fettle.stages.edits import AnyEdit
+from fettle.stages.edits import AnyEdit, naming
 
 TENSORS = "edits.safetensors"
 
@@ -44,7 +44,8 @@ def apply_edits(forest: Forest, edits: Sequence[Edit], seed: int = 0) -> Forest:
     """
     forest.model.requires_grad_(False)
     for i, edit in enumerate(edits):
-        add_edit(forest, edit, seed, i)
+        with naming(i, edit):
+            add_edit(forest, edit, seed, i)
     return forest
 
 

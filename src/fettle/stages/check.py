@@ -27,7 +27,8 @@ from fettle.models.memory import MemoryPlan, available, predict, resident, worst
 from fettle.models.prompt import find as find_prompt
 from fettle.models.select import partly_matched
 from fettle.models.weight import count_weights
-from fettle.train import Job, OptimSpec, fit
+from fettle.stages.sense import senseless_on, too_short
+from fettle.train import Job, fit
 
 if TYPE_CHECKING:
     from fettle.stages.pipeline import Pipeline
@@ -78,24 +79,29 @@ class Report:
 
 
 def preflight(name: str, forest: Forest, edits: Sequence[Edit], corpus: Corpus, job: Job) -> Report:
-    """Everything that can be known without a step."""
+    """Everything that can be known without a step. FettleError where nothing trains, so that there is no step to know of."""
+    unsound = [f"{'.'.join(map(str, where))}: {what}" for where, what in senseless_on(forest.model, edits)]
     weights = list(forest.model.parameters())
     trained = sum(p.numel() for p in weights if p.requires_grad)
+    if not trained:
+        raise FettleError("\n".join(unsound))
+    unsound += [f"{'.'.join(map(str, where))}: {what}" for where, what in too_short(edits, job.steps)]
     report = Report(
         name=name, parameters=count_weights(forest.model), trained=trained, steps=job.steps,
         memory=memory_of(forest, job, corpus), room=available(forest.device) + _held(forest), corpus=corpus,
     )  # fmt: skip
+    report.problems += unsound
     report.problems += data_problems(corpus)
     report.problems += too_long(forest, corpus)
     report.notes += corpus.notes
     if job.validation is not None:
         report.problems += [f"validation: {problem}" for problem in data_problems(job.validation.corpus)]
         report.notes += job.validation.corpus.notes
-    for edit in edits:
+    for i, edit in enumerate(edits):
         targets = getattr(edit, "targets", None)
         for pattern, missed in partly_matched(forest.model, targets).items() if targets else ():
             report.problems.append(
-                f"edits: '{pattern}' takes some layers of a kind and leaves out {len(missed)} ({', '.join(missed[:3])}"
+                f"edits.{i}.targets: '{pattern}' takes some layers of a kind and leaves out {len(missed)} ({', '.join(missed[:3])}"
                 f"{', ...' if len(missed) > 3 else ''}); name them by number if that is meant"
             )
     if report.memory.total > report.room:
@@ -138,24 +144,25 @@ def gate(report: Report) -> None:
 def timed(job: Job) -> float:
     """Seconds a step, the faster of two after one to warm up. Trains the job's model by three steps: for a check only."""
     folder = Path(tempfile.mkdtemp(prefix="fettle-check-"))
+    rows: list[float] = []
+
+    def note(row: dict[str, float]) -> None:
+        rows.append(row["seconds"])
+        if len(rows) == 3:
+            raise _Timed
+
+    steps = max(3, job.steps)  # the run's own where it has as many: edits with a schedule count on them
     try:
-        optim: OptimSpec = job.optim.model_copy(update={"steps": 3, "epochs": None})
-        rows: list[float] = []
-        fit(
-            replace(
-                job,
-                optim=optim,
-                steps=3,
-                folder=folder,
-                resume=False,
-                quiet=True,
-                validation=None,
-                on_row=lambda r: rows.append(r["seconds"]),
-            )
-        )
-        return min(rows[1:])
+        fit(replace(job, steps=steps, folder=folder, resume=False, quiet=True, validation=None, on_row=note))
+    except _Timed:
+        pass
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    return min(rows[1:])
+
+
+class _Timed(Exception):
+    """Enough steps were taken."""
 
 
 def check(
@@ -179,7 +186,7 @@ def check(
             failed += [_where(pipeline, n, "not checked") for n in range(number + 1, len(pipeline.stages) + 1)]
             break
         try:
-            reports.append(_check_one(stage, forest, examples, console, time_steps))
+            reports.append(_check_one(pipeline, number, forest, examples, console, time_steps))
         except FettleError as error:
             failed.append(_where(pipeline, number, str(error)))
     if failed:
@@ -188,17 +195,22 @@ def check(
 
 
 def _where(pipeline: Pipeline, number: int, sentence: str) -> str:
+    sentence = pipeline.placed(number - 1, sentence)
     return (
         f"stage {number} ({pipeline.stages[number - 1].output}): {sentence}" if len(pipeline.stages) > 1 else sentence
     )
 
 
-def _check_one(recipe: Recipe, forest: Forest, examples: int, console: Console, time_steps: bool) -> Report:
+def _check_one(
+    pipeline: Pipeline, number: int, forest: Forest, examples: int, console: Console, time_steps: bool
+) -> Report:
+    recipe: Recipe = pipeline.stages[number - 1]
     corpus = recipe.corpus(forest)
     for example in corpus.examples(examples):
         console.print(show(example, forest.tokenizer))
     job = recipe.job(forest, corpus, recipe.optim.length(corpus.batches_per_epoch))
     report = preflight(str(recipe.output), forest, recipe.edits, corpus, job)
+    report.problems = [pipeline.placed(number - 1, problem) for problem in report.problems]
     if (recipe.output / "checkpoints").exists():
         report.notes.append(
             f"{recipe.output} holds a run already: fettle run goes on with --resume, or wants another output"
@@ -224,7 +236,7 @@ def _held(forest: Forest) -> int:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    return f"{count / 2**30:.2f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _duration(seconds: float) -> str:

@@ -36,6 +36,7 @@ from fettle.stages.artifact import open_model
 from fettle.stages.pipeline import load_recipe
 from fettle.train.log import read_metrics
 
+Interval = tuple[float, float | None, float | None]  # mean, low, high; the mean alone where one example has no bounds
 Arms = Mapping[str, Sequence[str]]  # by name, overrides `key=value`
 FINDINGS = "findings.json"
 PICTURE = "findings.png"
@@ -54,7 +55,7 @@ class Outcome:
     loss: float
     latency: float | None  # None where it was not asked for
     merged_latency: float | None  # None too where the edits cannot be merged exactly
-    scores: dict[str, tuple[float, float, float]] = field(default_factory=dict)  # by evaluation: mean, low, high
+    scores: dict[str, Interval] = field(default_factory=dict)  # by evaluation
 
 
 def read_arms(file: Path) -> dict[str, tuple[str, ...]]:
@@ -236,8 +237,10 @@ def table(outcomes: Sequence[Outcome]) -> Table:
     return shown
 
 
-def _score(score: tuple[float, float, float] | None) -> str:
-    return "" if score is None else f"{score[0]:.3f}\n{score[1]:.2f}-{score[2]:.2f}"
+def _score(score: Interval | None) -> str:
+    if score is None or score[1] is None:
+        return "" if score is None else f"{score[0]:.3f}\nn/a"
+    return f"{score[0]:.3f}\n{score[1]:.2f}-{score[2]:.2f}"
 
 
 def draw(outcomes: Sequence[Outcome], file: Path) -> None:
@@ -256,9 +259,8 @@ def draw(outcomes: Sequence[Outcome], file: Path) -> None:
         for arm, row in rows.items():
             if name in row["scores"]:
                 mean, low, high = row["scores"][name]
-                axis.errorbar(
-                    row["trained"], mean, yerr=[[mean - low], [high - mean]], fmt="o", ms=6, lw=1.2, color="#1f4e79"
-                )
+                whisker = None if low is None else [[mean - low], [high - mean]]
+                axis.errorbar(row["trained"], mean, yerr=whisker, fmt="o", ms=6, lw=1.2, color="#1f4e79")
                 axis.annotate(arm, (row["trained"], mean), xytext=(6, 4), textcoords="offset points", fontsize=8)
         axis.set(xscale="log", xlabel="trained parameters", ylabel=f"score on {Path(name).stem}")
     last = axes[0][-1]

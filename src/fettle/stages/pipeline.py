@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, PrivateAttr, TypeAdapter
 
-from fettle.core.config import Where, override, read_yaml, validate
+from fettle.core.config import Document, read
 from fettle.core.errors import FettleError
 from fettle.core.families import Stage
 from fettle.core.spec import Spec, one_of
@@ -21,6 +21,19 @@ class Pipeline(Spec):
     """Several stages in a row."""
 
     stages: tuple[AnyStage, ...] = Field(min_length=1)
+    _document: Document | None = PrivateAttr(default=None)  # what it was read from
+
+    def placed(self, number: int, sentences: str) -> str:
+        """Sentences about stage `number`, each with the line or override that it is about, where it begins with a key."""
+        if self._document is None:
+            return sentences
+        above = ("stages", number) if "stages" in self._document.data else ()
+        return "\n".join(self._document.placed(sentence, above) for sentence in sentences.splitlines())
+
+    def read_from(self, document: Document) -> Pipeline:
+        """Itself, which from now on can tell lines."""
+        self._document = document
+        return self
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
@@ -28,39 +41,40 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
 
     Relative paths of data and output are relative to where the command runs, as in a shell.
     """
-    data, lines = read_yaml(Path(path))
-    if not isinstance(data, dict):
-        raise FettleError(f"{path}: expected a mapping of keys at the top, found {type(data).__name__}")
-    data = override(data, overrides)
-    if "stages" in data:
-        pipeline: Pipeline = validate(Pipeline, data, str(path), lines)
-        outputs = [stage.output for stage in pipeline.stages]
-        if len(set(outputs)) < len(outputs):
-            raise FettleError(f"{path}: stages: two of them have the same output; each needs its own")
-        _same_model(pipeline, str(path), lines)
-        return pipeline
-    return Pipeline(stages=(validate(Recipe, data, str(path), lines),))
+    document = read(Path(path)).override(Recipe | Pipeline, overrides)
+    if "stages" not in document.data:
+        return Pipeline(stages=(document.validate(Recipe),)).read_from(document)
+    pipeline: Pipeline = document.validate(Pipeline).read_from(document)
+    outputs = [stage.output for stage in pipeline.stages]
+    if len(set(outputs)) < len(outputs):
+        raise FettleError(f"{path}: stages: two of them have the same output; each needs its own")
+    _same_model(pipeline, document)
+    return pipeline
 
 
-def _same_model(pipeline: Pipeline, path: str, lines: dict[Where, int]) -> None:
+def _same_model(pipeline: Pipeline, document: Document) -> None:
     """FettleError where a later stage names a model of its own, which it would not open."""
     first, *later = (stage.model for stage in pipeline.stages)
     for number, model in enumerate(later, 1):
         for key in sorted(model.model_fields_set - set(OF_A_RUN)):
             if getattr(model, key) != getattr(first, key):
-                line = lines.get(("stages", number, "model", key)) or lines.get(("stages", number, "model"))
+                place = document.place(("stages", number, "model", key))
                 raise FettleError(
-                    f"{path}{f':{line}' if line else ''}: stages.{number}.model.{key}: a later stage opens the artifact of the "
+                    f"{place}: stages.{number}.model.{key}: a later stage opens the artifact of the "
                     f"stage before it; of its model it can say {', '.join(OF_A_RUN)}"
                 )
 
 
 def run(recipe: Stage | Pipeline, resume: bool = False) -> Path:
     """Run a recipe to its end; returns the folder of the last artifact."""
-    stages = recipe.stages if isinstance(recipe, Pipeline) else (recipe,)
+    pipeline = recipe if isinstance(recipe, Pipeline) else Pipeline(stages=(recipe,))
     parent: Path | None = None
-    for stage in stages:
-        parent = stage.run(parent, resume=resume)
+    for number, stage in enumerate(pipeline.stages):
+        try:
+            parent = stage.run(parent, resume=resume)
+        except FettleError as error:
+            error.args = (pipeline.placed(number, str(error)),)
+            raise
     assert parent is not None
     return parent
 

@@ -8,12 +8,19 @@ from typing import Any
 from fettle.core.files import write_bytes
 from fettle.train.log import draw_loss, read_metrics
 
+REPORT, PICTURE = "report.md", "loss.png"
+
 
 def write_report(folder: Path, facts: dict[str, Any]) -> None:
     """Write `folder`/report.md and loss.png from a run's facts and its metrics."""
     rows = read_metrics(folder)
-    draw_loss(rows, folder / "loss.png")
-    write_bytes(folder / "report.md", page(facts, rows).encode())
+    draw_loss(rows, folder / PICTURE)
+    write_bytes(folder / REPORT, page(facts, rows).encode())
+
+
+def has_report(folder: Path) -> bool:
+    """Whether a run's report and its picture are there."""
+    return (folder / REPORT).exists() and (folder / PICTURE).exists()
 
 
 def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -37,7 +44,7 @@ def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
                 ["objective", recipe["objective"]["kind"]],
                 ["trained parameters", f"{facts['trained']:,} of {facts['parameters']:,} ({share:.2f}%)"],
                 ["steps", f"{facts['steps']:,}" + (f", {skipped} skipped (not finite)" if skipped else "")],
-                ["first and last loss", f"{rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}" if rows else "none"],
+                ["first and last loss", f"{_loss(rows[0])} -> {_loss(rows[-1])}" if rows else "none"],
                 *([["held-out loss", held]] if (held := held_out(rows)) else []),
                 ["useful tokens", f"{useful:,} read, {learned:,.0f} learned"],
                 ["useful tokens/s", f"{useful / max(seconds, 1e-9):,.0f}"],
@@ -66,6 +73,12 @@ def held_out(rows: list[dict[str, Any]]) -> str:
     return f"{first} -> {last}, lowest {low}"
 
 
+def _loss(row: dict[str, Any]) -> str:
+    """A step's loss; JSON keeps one that is not finite as null."""
+    loss = row.get("loss")
+    return f"{loss:.4f}" if loss is not None else "not finite"
+
+
 def table(head: list[str], rows: list[list[Any]]) -> str:
     """A Markdown table."""
     cells = [[str(c).replace("|", "\\|") for c in row] for row in rows]
@@ -79,4 +92,6 @@ def _of_dicts(rows: list[dict[str, Any]]) -> str:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "n/a"
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -20,11 +20,13 @@ from rich.console import Console
 
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit, Stage
-from fettle.core.spec import Spec
-from fettle.data import DataSpec, prepare
+from fettle.core.files import MANIFEST, read_json, sha256, sweep
+from fettle.core.spec import Spec, refuse
+from fettle.data import DataSpec, content_hash, prepare
 from fettle.data.forms import form_of
 from fettle.data.source import Corpus
-from fettle.evaluate import EvalSpec, evaluate
+from fettle.evaluate import EvalSpec, Results, evaluate
+from fettle.evaluate.results import RESULTS
 from fettle.models.forest import Forest
 from fettle.models.memory import measure_peak, reset_peak
 from fettle.models.spec import ModelSpec
@@ -33,12 +35,15 @@ from fettle.objectives import SFT, AnyObjective
 from fettle.quantize.linear import describe
 from fettle.stages.artifact import add_edit, apply_edits, is_artifact, open_artifact, save_artifact
 from fettle.stages.check import gate, preflight
-from fettle.stages.edits import AnyEdit
+from fettle.stages.edits import AnyEdit, naming
 from fettle.stages.heads import load_for, objective_for, with_head
-from fettle.stages.report import write_report
+from fettle.stages.report import has_report, write_report
+from fettle.stages.sense import senseless
 from fettle.train import CheckpointSpec, Job, OptimSpec, Validation, ValidationSpec, fit
+from fettle.train.agreement import require_same
+from fettle.train.parallel import World
 
-ARTIFACT = "artifact"
+ARTIFACT, CHECKPOINTS, EVALUATION = "artifact", "checkpoints", "evaluation"
 OF_A_RUN = ("device", "attention", "gradient_checkpointing")  # what a later stage may say of its model
 
 
@@ -77,12 +82,20 @@ class Recipe(Stage):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Recipe:
+        refuse(senseless(self))
+        return self
+
     def run(self, parent: Path | None = None, *, resume: bool = False) -> Path:
         """Train to the end and write the artifact; returns its folder."""
-        target = self.output / ARTIFACT
-        if target.exists() and resume and is_artifact(target):
+        target, world = self.output / ARTIFACT, World.join(self.optim.accumulate)
+        if world.first:
+            sweep(self.output)
+        if resume and is_artifact(target):
+            self._complete(target, parent, world)
             return target
-        if (self.output / "checkpoints").exists() and not resume:
+        if not resume and (target.exists() or (self.output / CHECKPOINTS).exists()):
             raise FettleError(f"{self.output}: holds a run already; go on with --resume, or choose another output")
         began = time.time()
         reset_peak()
@@ -90,17 +103,43 @@ class Recipe(Stage):
         corpus = self.corpus(forest)
         Console(stderr=True).print(corpus.table())
         steps = self.optim.length(corpus.batches_per_epoch)
-        job = self.job(forest, corpus, steps, resume)
+        job = self.job(forest, corpus, steps, resume, parent)
         if job.validation is not None:
             Console(stderr=True).print(job.validation.corpus.table("held-out data"))
         gate(preflight(str(self.output), forest, self.edits, corpus, job))
         last = fit(job)
-        facts = self.facts(forest, corpus, steps, last) | {"seconds": time.time() - began, "peak_bytes": measure_peak()}
-        save_artifact(target, forest, edits, facts)
-        if self.evaluate:
-            facts["evaluation"] = evaluate(forest, self.evaluate, self.output / "evaluation").summary()
-        write_report(self.output, facts)
+        facts = self.facts(forest, corpus, steps, last)
+        facts |= {"seconds": time.time() - began, "peak_bytes": measure_peak(), "made_of": job.made_of}
+        if world.first:
+            save_artifact(target, forest, edits, facts)
+        world.wait()
+        found = self._evaluated(forest, world)
+        if world.first:
+            write_report(self.output, facts | found)
         return target
+
+    def _complete(self, target: Path, parent: Path | None, world: World) -> None:
+        """Write what a run that has its artifact still lacks. FettleError where it was another run."""
+        facts = read_json(target / MANIFEST)
+        now = self.made_of(parent)
+        recipe = {key: facts["recipe"].get(key) for key in now["recipe"]}
+        require_same(target, facts.get("made_of", now | {"recipe": recipe}), now)  # earlier manifests: the recipe alone
+        scored = not self.evaluate or (self.output / EVALUATION / RESULTS).exists()
+        if not world.first or (scored and has_report(self.output)):
+            return
+        if scored:
+            found = {"evaluation": Results.read(self.output / EVALUATION).summary()} if self.evaluate else {}
+        else:
+            forest, _ = open_artifact(target, **self.model.model_dump(include=set(OF_A_RUN)))
+            found = self._evaluated(forest, world)
+        write_report(self.output, facts | found)
+
+    def _evaluated(self, forest: Forest, world: World) -> dict[str, Any]:
+        """What the report says of the scores. Every process computes them, so that none waits; the first writes."""
+        if not self.evaluate:
+            return {}
+        folder = self.output / EVALUATION if world.first else None
+        return {"evaluation": evaluate(forest, self.evaluate, folder, progress=world.first).summary()}
 
     def open(self, parent: Path | None) -> tuple[Forest, tuple[Edit, ...]]:
         """The model with the parent's edits (frozen) and this recipe's own; and the list of them all."""
@@ -125,8 +164,9 @@ class Recipe(Stage):
         return self._added(forest, edits)
 
     def _added(self, forest: Forest, before: Sequence[Edit]) -> Forest:
-        for place, edit in enumerate(self.edits, len(before)):
-            add_edit(forest, edit, self.seed, place)
+        for i, edit in enumerate(self.edits):
+            with naming(i, edit):
+                add_edit(forest, edit, self.seed, len(before) + i)
         return forest
 
     def corpus(self, forest: Forest) -> Corpus:
@@ -151,12 +191,19 @@ class Recipe(Stage):
             cache=self.cache or self.output / "cache", packing=self.batch.packing, form=form_of(forest),
         )  # fmt: skip
 
-    def job(self, forest: Forest, corpus: Corpus, steps: int, resume: bool = False) -> Job:
+    def made_of(self, parent: Path | None = None) -> dict[str, Any]:
+        """All that decides what training gives: the recipe, what its data hold, the parent's manifest."""
+        return {
+            "recipe": self.model_dump(mode="json", exclude={"output", "evaluate", "validation", "checkpoint", "cache"}),
+            "data": [[source.path, content_hash(source)] for source in self.data],
+            "parent": parent and sha256(parent / MANIFEST),
+        }
+
+    def job(self, forest: Forest, corpus: Corpus, steps: int, resume: bool = False, parent: Path | None = None) -> Job:
         """What the loop needs."""
-        decides = self.model_dump(mode="json", exclude={"output", "evaluate", "validation", "checkpoint", "cache"})
         return Job(
             model=forest, objective=objective_for(forest, self.objective, "objective" in self.model_fields_set), batches=corpus, optim=self.optim, steps=steps, folder=self.output,
-            edits=self.edits, seed=self.seed, checkpoints=self.checkpoint, not_finite=self.not_finite, recipe=decides, resume=resume,
+            edits=self.edits, seed=self.seed, checkpoints=self.checkpoint, not_finite=self.not_finite, made_of=self.made_of(parent), resume=resume,
             validation=self.held_out(forest),
         )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fettle.core.errors import FettleError
-from fettle.core.files import MANIFEST, new_folder, verify, write_json
+from fettle.core.files import MANIFEST, NotWritten, new_folder, verify, write_json
 from fettle.core.spec import Spec
 from fettle.train.optim import Masters
 
@@ -74,10 +73,10 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, A
         with new_folder(target) as aside:
             save_file(tensors, aside / "state.safetensors")
             write_json(aside / MANIFEST, {"kind": "checkpoint", "step": step, **facts})
-    except Exception as error:  # safetensors raises its own type where the disk is full
+    except NotWritten as error:
         kept = [path.name for path in _all(folder)]
         raise FettleError(
-            f"{target}: the checkpoint could not be written ({error}); "
+            f"{target}: the checkpoint could not be written ({error.reason}); "
             f"{'the earlier ones are whole: ' + ', '.join(kept) if kept else 'there is no earlier one'}; "
             "make room and go on with --resume"
         ) from error
@@ -98,15 +97,6 @@ def newest(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]] 
     if problems:
         raise FettleError(f"{folder}: no sound checkpoint is left. " + " ".join(problems))
     return None
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written; `.old` folders are what a replaced name held before."""
-    for path in folder.glob(".*"):
-        if re.fullmatch(r"\..+\.\d+\.(tmp|old)", path.name):
-            owner = int(path.name.split(".")[-2])
-            if owner == os.getpid() or not Path(f"/proc/{owner}").exists():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _all(folder: Path) -> list[Path]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import orjson
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-METRICS = "metrics.jsonl"
+from fettle.core.files import make_folder, new_file, writing
+
+METRICS, BOARD = "metrics.jsonl", "tensorboard"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -31,22 +34,27 @@ class Log:
     """Writes a row a step, from `start` on; rows of steps that are run again are dropped first."""
 
     def __init__(self, folder: Path, start: int, quiet: bool = False) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        self._path = make_folder(folder) / METRICS
         kept = [row for row in read_metrics(folder) if row["step"] <= start]
-        self._file = open(folder / METRICS, "wb")
-        for row in kept:
-            self._file.write(orjson.dumps(row) + b"\n")
-        self._board = _tensorboard(folder, start)
+        with new_file(self._path) as whole:
+            whole.writelines(orjson.dumps(row) + b"\n" for row in kept)
+        with writing(self._path):
+            self._file = open(self._path, "ab")
+        self._hook, threading.excepthook = threading.excepthook, _untold(threading.excepthook)
+        with writing(folder / BOARD):
+            self._board = _tensorboard(folder, start)
         self._console = Console(stderr=True, quiet=quiet)
 
     def row(self, values: dict[str, Any]) -> None:
         """One step's figures."""
-        self._file.write(orjson.dumps(values) + b"\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(orjson.dumps(values) + b"\n")
+            self._file.flush()
         if self._board is not None:
-            for key, value in values.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(key, value, values["step"])
+            with writing(self._path.with_name(BOARD)):
+                for key, value in values.items():
+                    if isinstance(value, float):
+                        self._board.add_scalar(key, value, values["step"])
 
     def say(self, sentence: str) -> None:
         """A line above the progress bar."""
@@ -65,9 +73,24 @@ class Log:
 
     def close(self) -> None:
         """Flush and close all files."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            with writing(self._path):
+                self._file.close()
+            if self._board is not None:
+                with writing(self._path.with_name(BOARD)):
+                    self._board.close()
+        finally:
+            threading.excepthook = self._hook
+
+
+def _untold(before: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A hook for errors in threads that leaves out TensorBoard's, since it raises them again at the next write."""
+
+    def hook(args: Any) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            before(args)
+
+    return hook
 
 
 def _tensorboard(folder: Path, start: int) -> Any:
@@ -75,7 +98,7 @@ def _tensorboard(folder: Path, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None  # the extra 'tensorboard' is not installed; metrics.jsonl has the same figures
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+    return SummaryWriter(str(folder / BOARD), purge_step=start + 1)
 
 
 class Rate:
@@ -126,5 +149,6 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
     for axis in (top, low):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
-    figure.savefig(path, dpi=110)
+    with new_file(path) as handle:
+        figure.savefig(handle, format="png", dpi=110)
     plt.close(figure)

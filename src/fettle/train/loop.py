@@ -8,7 +8,6 @@ for each step:  sum the objective over the step's batches, backward on each sum
 
 from __future__ import annotations
 
-import hashlib
 import math
 import signal
 import time
@@ -18,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import orjson
 import torch
 
 from fettle.core.batch import Batch
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit, Objective
+from fettle.core.files import sweep
 from fettle.train import checkpoint
+from fettle.train.agreement import require_same
 from fettle.train.checkpoint import CheckpointSpec
 from fettle.train.log import Log, Rate
 from fettle.train.optim import Masters, OptimSpec, build, norm, set_lr
@@ -63,7 +63,7 @@ class Job:
     seed: int = 0
     checkpoints: CheckpointSpec = field(default_factory=CheckpointSpec)
     not_finite: Literal["stop", "skip"] = "stop"
-    recipe: dict[str, Any] = field(default_factory=dict)  # what a checkpoint must agree with
+    made_of: dict[str, Any] = field(default_factory=dict)  # what a checkpoint must agree with (train/agreement.py)
     resume: bool = False
     quiet: bool = False
     validation: Validation | None = None  # a held-out loss on the way
@@ -101,12 +101,12 @@ def fit(job: Job) -> dict[str, float]:
                 log.row(last)
                 job.on_row(last)
                 show(step + 1, _line(last))
-                ended = bool(caught)
+                ended = world.largest(caught[0] if caught else 0, job.model.device)  # one decision for all processes
                 if (step + 1) % job.checkpoints.every == 0 or step + 1 == job.steps or ended:
                     _save(job, step + 1, masters, optimizer, world)
                 if ended and step + 1 < job.steps:
-                    name = signal.Signals(caught[0]).name
-                    raise Stopped(128 + caught[0], f"{name}: stopped after step {step + 1}; saved; go on with --resume")
+                    name = signal.Signals(ended).name
+                    raise Stopped(128 + ended, f"{name}: stopped after step {step + 1}; saved; go on with --resume")
     finally:
         masters.close()
         log.close()
@@ -183,7 +183,7 @@ def _edit_state(job: Job) -> dict[str, torch.Tensor]:
 def _begin(job: Job, masters: Masters, optimizer: torch.optim.Optimizer, world: World) -> tuple[int, list[str]]:
     folder = job.folder / "checkpoints"
     if world.first and folder.exists():
-        checkpoint.sweep(folder)
+        sweep(folder)
     world.wait()
     if not job.resume or not folder.exists():
         return 0, []
@@ -191,25 +191,23 @@ def _begin(job: Job, masters: Masters, optimizer: torch.optim.Optimizer, world: 
     if found is None:
         return 0, [f"{folder}: no checkpoint there; starting from step 1"]
     facts, tensors, problems = found
-    if facts["recipe"] != fingerprint(job.recipe):
-        raise FettleError(
-            f"{folder}: was written by another recipe; resume with the recipe of that run, or start afresh in another output"
-        )
+    require_same(folder, facts.get("made_of", {}), job.made_of)
     checkpoint.unpack_state(tensors, masters, optimizer, _edit_state(job))
     return facts["step"], [*problems, f"resuming after step {facts['step']}"]
 
 
 def _save(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optimizer, world: World) -> None:
+    """The first process writes; all of them end where it cannot, since the others would wait for it without end."""
+    failed: FettleError | None = None
     if world.first:
-        facts = {"recipe": fingerprint(job.recipe), "steps": job.steps}
+        facts = {"made_of": job.made_of, "steps": job.steps}
         state = checkpoint.pack_state(masters, optimizer, _edit_state(job))
-        checkpoint.save(job.folder / "checkpoints", step, state, facts, job.checkpoints.keep)
-    world.wait()
-
-
-def fingerprint(recipe: dict[str, Any]) -> str:
-    """A short hash of the parts of a recipe that decide a training run."""
-    return hashlib.sha256(orjson.dumps(recipe, option=orjson.OPT_SORT_KEYS, default=str)).hexdigest()[:16]
+        try:
+            checkpoint.save(job.folder / "checkpoints", step, state, facts, job.checkpoints.keep)
+        except FettleError as error:
+            failed = error
+    if world.largest(int(failed is not None), job.model.device):
+        raise failed or FettleError(f"step {step}: the first process could not write the checkpoint; it says why")
 
 
 def _not_finite(step: int, row: dict[str, Any], size: float, names: list[str]) -> str:

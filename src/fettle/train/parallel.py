@@ -53,6 +53,14 @@ class World:
             for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def largest(self, number: int, device: torch.device) -> int:
+        """The largest of a number over the processes: what each of them found, and all must act on together."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def wait(self) -> None:
         """Wait for the other processes."""
         if self.size > 1:

@@ -1,11 +1,13 @@
 """Files are whole or absent, and damage is found and named."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from fettle.core.errors import FettleError
-from fettle.core.files import new_file, new_folder, read_json, verify, write_bytes
+from fettle.core.files import make_folder, new_file, new_folder, read_json, sweep, verify, write_bytes
 
 
 def make(folder: Path) -> Path:
@@ -77,3 +79,68 @@ def test_broken_json_names_its_file(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text("{")
     with pytest.raises(FettleError, match="m.json: not valid JSON"):
         read_json(tmp_path / "m.json")
+
+
+@pytest.mark.parametrize("again", [True, False], ids=["written again", "swept"])
+def test_a_kill_between_the_two_renames_loses_no_folder(tmp_path: Path, again: bool) -> None:
+    folder = make(tmp_path / "f")
+    child = os.fork()
+    if child == 0:
+        replace, calls = os.replace, []
+
+        def deadly(source: Path, target: Path) -> None:
+            calls.append(target)
+            if Path(target) == folder:
+                os._exit(9)
+            replace(source, target)
+
+        os.replace = deadly
+        with new_folder(folder) as aside:
+            (aside / "c").write_text("new")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not folder.exists()
+    if again:
+        with pytest.raises(RuntimeError), new_folder(folder):
+            raise RuntimeError
+    else:
+        sweep(tmp_path)
+    assert set(verify(folder)["files"]) == {"a.bin", "inner/b.txt"}
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_what_a_living_process_writes_is_not_swept(tmp_path: Path) -> None:
+    (tmp_path / f".f.{os.getppid()}.tmp").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+FULL = [OSError(errno.ENOSPC, "No space left on device"), Exception("Error while serializing: I/O error (os error 28)")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["of the system", "of a library in Rust"])
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_full_disk_is_one_sentence_with_the_name(tmp_path: Path, error: Exception, inner: bool) -> None:
+    folder = make(tmp_path / "f")
+    with pytest.raises(FettleError, match=r"/f: cannot be written \(No space left on device\); make room"):
+        with new_folder(folder) as aside:
+            if inner:
+                with new_file(aside / "c"):
+                    raise error
+            raise error
+    verify(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_file_in_the_way_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "good.jsonl").write_text("")
+    place = tmp_path / "good.jsonl" / "x"
+    for write in (lambda: write_bytes(place / "a", b""), lambda: make(place), lambda: make_folder(place / "y")):
+        with pytest.raises(FettleError, match="good.jsonl/x.*: cannot be written .(Not a directory|File exists)"):
+            write()
+
+
+def test_what_cannot_be_read_meanwhile_is_not_blamed_on_the_writing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out" / "f"):
+        open(tmp_path / "in" / "missing")

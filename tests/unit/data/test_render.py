@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from fettle.core import FettleError
+from fettle.data import render
 from fettle.data.render import Job, Worker
 from fettle.data.render import worker as shared
 
@@ -155,3 +158,25 @@ def test_a_forked_child_has_a_worker_of_its_own() -> None:
         os._exit(0 if kept.process_id is None and kept.render([Job("{{ x }}", {"x": 2})])[0].text == "2" else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert (kept.render([Job("{{ x }}", {"x": 1})])[0].text, kept.process_id) == before
+
+
+def test_a_process_that_does_not_start_or_stops_reading_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Worker()
+    try:
+        made.render([Job("a", {})])
+        os.kill(made.process_id or 0, signal.SIGSTOP)
+        monkeypatch.setattr(render, "STALLED", 0.3)
+        with pytest.raises(FettleError, match="no sign of life for 0.3 s"):
+            made.render([Job("{{ x }}", {"x": "a" * (1 << 20)})])
+        for script, said in (("exec sleep 60", "no sign of life for"), ("exit 5", r"does not start \(code 5\)")):
+            command = tmp_path / "python"
+            command.write_text(f"#!/bin/sh\n{script}\n")
+            command.chmod(0o755)
+            monkeypatch.setattr(sys, "executable", str(command))
+            monkeypatch.setattr(render, "STALLED", 0.3 if "sleep" in script else 60.0)
+            with pytest.raises(FettleError, match=said):
+                made.render([Job("a", {})])
+    finally:
+        made.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import orjson
 import pytest
+from rich.console import Console
 
 from fettle.core import FettleError
 from fettle.evaluate import Perplexity, Results, TaskFile, compare, evaluate, picture
@@ -78,6 +80,23 @@ def test_perplexity_in_the_results(forest: Forest, tmp_path: Path) -> None:
     assert result.settings["context"] == 64 and result.settings["stride"] == 63 and result.main[0] == "perplexity"
     assert Results.read(tmp_path / "out") == results
     assert not (tmp_path / "out" / "results.png").exists()
+    cells = printed(results)
+    assert "context 64, stride 63" in cells and result.main[1].low is not None and "n/a" not in cells
+
+
+def test_one_window_has_no_interval(forest: Forest, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The baker sells bread.")
+    results = evaluate(forest, [Perplexity(path=str(tmp_path / "a.txt"))], tmp_path / "out", progress=False)
+    score = results.results[0].main[1]
+    assert (score.low, score.high, score.n) == (None, None, 1) and score.mean > 1
+    assert Results.read(tmp_path / "out") == results
+    assert "n/a" in printed(results) and "[n/a]" in str(score)
+
+
+def printed(results: Results) -> str:
+    out = io.StringIO()
+    Console(file=out, width=200).print(results.table())
+    return out.getvalue()
 
 
 def test_shots_become_turns_or_solved_prompts(forest: Forest, tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""The recipes that come with fettle: each is valid, and the first that a reader runs passes its check. Those in the pages
+are read by tests/unit/test_docs.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fettle.core.config import read_yaml
+from fettle.stages import check, load_recipe
+from fettle.stages.compare import read_arms
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+ARMS = RECIPES / "peft.yaml"
+QUICKSTART = RECIPES / "quickstart.yaml"
+
+
+@pytest.mark.parametrize(
+    "file", sorted(set(RECIPES.rglob("*.yaml")) - {ARMS}), ids=lambda f: str(f.relative_to(RECIPES))
+)
+def test_every_recipe_is_valid(file: Path) -> None:
+    assert load_recipe(file).stages
+
+
+@pytest.mark.parametrize("arm", read_arms(ARMS))
+def test_every_arm_fits_the_recipe_it_changes(arm: str) -> None:
+    (stage,) = load_recipe(QUICKSTART, read_arms(ARMS)[arm]).stages
+    wanted = read_yaml(ARMS)[0][arm]
+    assert [edit.kind for edit in stage.edits] == [edit["kind"] for edit in wanted["edits"]]
+    assert stage.optim.lr == wanted["optim"]["lr"]
+
+
+def test_the_quickstart_passes_its_check(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say the number {i}.", "output": str(i)} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    here = [f"data.0.path={tmp_path}/rows.jsonl", f"output={tmp_path}/out", "batch.tokens=256", "model.dtype=float32"]
+    (report,) = check(load_recipe(QUICKSTART, here), 1, time_steps=False)
+    assert report.ok and report.steps == 600 and 0 < report.trained < report.parameters
