@@ -270,3 +270,10 @@ def test_only_other_parts_are_left_out(tmp_path: Path) -> None:
         r"lacks 1 of the weights .*layers\.1\.input_layernorm",
         task="causal",
     )
+
+
+def test_a_spec_of_random_weights_can_be_read_again_from_a_manifest() -> None:
+    spec = ModelSpec(config={"model_type": "llama"}, tokenizer="somewhere")
+    dumped = spec.model_dump(mode="json")
+    assert "path" not in dumped and ModelSpec.model_validate(dumped) == spec
+    assert ModelSpec.model_validate(ModelSpec().model_dump(mode="json")) == ModelSpec()
