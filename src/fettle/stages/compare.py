@@ -32,6 +32,7 @@ from fettle.core.spec import nearest
 from fettle.evaluate import Results
 from fettle.generate import Sampling, generate
 from fettle.models.forest import Forest
+from fettle.models.load import load
 from fettle.stages.artifact import open_model
 from fettle.stages.pipeline import load_recipe
 from fettle.train.log import read_metrics
@@ -160,7 +161,7 @@ def _measured(arm: str, seed: int, place: Path, latency: bool) -> Outcome:
         for result in Results.read(place / "evaluation").results:
             score = result.main[1]
             scores[result.name] = (score.mean, score.low, score.high)
-    unmerged, merged = _latencies(place, facts["recipe"]["model"]["path"]) if latency else (None, None)
+    unmerged, merged = _latencies(place) if latency else (None, None)
     return Outcome(
         arm, seed, facts["trained"], facts["parameters"], facts["peak_bytes"],
         statistics.median(row["seconds"] for row in rows), statistics.fmean(row["loss"] for row in rows[-20:]),
@@ -168,9 +169,9 @@ def _measured(arm: str, seed: int, place: Path, latency: bool) -> Outcome:
     )  # fmt: skip
 
 
-def _latencies(place: Path, base: str) -> tuple[float, float | None]:
+def _latencies(place: Path) -> tuple[float, float | None]:
     tuned, edits = open_model(str(place))
-    plain, _ = open_model(base)
+    plain = load(tuned.spec)  # the same model without edits, also where it began with random weights
     unmerged = _latency(tuned, plain)
     try:
         for edit in edits:
