@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -21,7 +21,11 @@ class Edit(Spec):
     """A change to a model: adapters, a quantizer, a freeze. Applied in the order of the recipe.
 
     What it puts into a model holds it, and finds it again by identity: two equal edits of a list are two.
+    `role` is what it does to weights, for telling which edits exclude each other: it trains the weights themselves or modules
+    of its own, trains a change of weights that stay as they are, trains a soft prompt, freezes, or holds weights packed.
     """
+
+    role: ClassVar[Literal["trains", "updates", "prompts", "freezes", "quantizes"]] = "trains"
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """Itself, which never changes: a copy of a model has the same edits."""

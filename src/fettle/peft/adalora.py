@@ -119,6 +119,7 @@ class AdaLoRALinear(nn.Module):
 class AdaLoRA(Edit):
     """Low-rank updates whose ranks training chooses under one budget; the base is frozen."""
 
+    role = "updates"
     kind: Literal["adalora"] = "adalora"
     rank: int = Field(default=12, ge=1, description="triplets of each layer at start")
     target_rank: int = Field(default=8, ge=1, description="triplets a layer at the end, on average")

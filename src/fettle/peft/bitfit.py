@@ -58,6 +58,7 @@ class Biased(nn.Module):
 class BitFit(Edit):
     """Train biases; the base is frozen."""
 
+    role = "updates"
     kind: Literal["bitfit"] = "bitfit"
     which: Literal["all", "query-mlp"] = "all"
     add: bool = True

@@ -13,6 +13,7 @@ from fettle.models.surgery import weights_of
 class Freeze(Edit):
     """Stop the weights whose module matches `targets` from training."""
 
+    role = "freezes"
     kind: Literal["freeze"] = "freeze"
     targets: str | tuple[str, ...]
 

@@ -45,6 +45,7 @@ def parts(template: str) -> list[str | int]:
 class HybridPrompt(Edit):
     """A template of words and trained vectors in front of every text; the base is frozen."""
 
+    role = "prompts"
     kind: Literal["hybrid_prompt"] = "hybrid_prompt"
     template: str = Field(description="words, with <soft:n> where n trained tokens belong")
 

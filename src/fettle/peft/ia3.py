@@ -47,6 +47,7 @@ class Scaled(nn.Module):
 class IA3(Edit):
     """Scale keys, values and the inside of the feed-forward part; the base is frozen."""
 
+    role = "updates"
     kind: Literal["ia3"] = "ia3"
     outputs: str | tuple[str, ...] | None = Field(
         default=None, description="linear layers whose output is scaled; those of keys and values where left out"

@@ -179,6 +179,7 @@ def _start(base: nn.Module, edit: LoRA, rank: int, scale: float) -> tuple[Tensor
 class LoRA(Edit):
     """Low-rank updates beside linear layers; the base is frozen."""
 
+    role = "updates"
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=16, ge=1)
     alpha: float | None = Field(

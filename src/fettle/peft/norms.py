@@ -61,6 +61,7 @@ def _depth(module: nn.Module) -> int:
 class Norms(Edit):
     """Train the norms' weights; the base is frozen."""
 
+    role = "updates"
     kind: Literal["norms"] = "norms"
     biases: bool = True
     targets: str | tuple[str, ...] | None = None

@@ -39,6 +39,7 @@ class PrefixEncoder(nn.Module):
 class PrefixTuning(Edit):
     """A trained prefix of keys and values, computed by an MLP while it is learned; the base is frozen."""
 
+    role = "prompts"
     kind: Literal["prefix_tuning"] = "prefix_tuning"
     tokens: int = Field(default=20, ge=1, description="virtual tokens")
     hidden: int = Field(default=512, ge=1, description="the MLP's hidden width")

@@ -24,6 +24,7 @@ Start = Literal["vocabulary", "text", "random"]
 class PromptTuning(Edit):
     """Trained vectors in front of every text; the base is frozen."""
 
+    role = "prompts"
     kind: Literal["prompt_tuning"] = "prompt_tuning"
     tokens: int = Field(default=20, ge=1, description="virtual tokens")
     init: Start = Field(default="vocabulary", description="what the vectors begin as: frequent words, a text, or noise")

@@ -43,6 +43,7 @@ class PromptEncoder(nn.Module):
 class PTuning(Edit):
     """Trained vectors in front of every text, computed by an LSTM and an MLP while they are learned; the base is frozen."""
 
+    role = "prompts"
     kind: Literal["p_tuning"] = "p_tuning"
     tokens: int = Field(default=20, ge=1, description="virtual tokens")
     hidden: int | None = Field(default=None, ge=1, description="the LSTM's width; half the model's where left out")

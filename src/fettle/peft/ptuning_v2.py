@@ -24,6 +24,7 @@ from fettle.peft.prompt_tuning import Start, check_text
 class PTuningV2(Edit):
     """A trained prefix of keys and values; the base is frozen."""
 
+    role = "prompts"
     kind: Literal["p_tuning_v2"] = "p_tuning_v2"
     tokens: int = Field(default=20, ge=1, description="virtual tokens")
     init: Start = Field(default="vocabulary", description="what the table begins as: frequent words, a text, or noise")

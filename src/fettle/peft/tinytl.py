@@ -60,6 +60,7 @@ class Lite(nn.Module):
 class TinyTL(Edit):
     """Train biases and lite residuals; the base is frozen."""
 
+    role = "updates"
     kind: Literal["tinytl"] = "tinytl"
     size: int = Field(default=64, ge=1, description="outputs of the grouped layer of a residual")
     groups: int = Field(default=2, ge=1)

@@ -29,6 +29,7 @@ SCALES = Grid(levels="dynamic", bits=8, group=256)
 class NF4(Edit):
     """Hold linear layers in 4-bit NormalFloat; nothing trains. Put `lora` after it for QLoRA."""
 
+    role = "quantizes"
     kind: Literal["nf4"] = "nf4"
     targets: str | tuple[str, ...] = "all-linear"
     block: int = Field(default=64, ge=2, description="weights that share a scale")

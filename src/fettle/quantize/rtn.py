@@ -23,6 +23,7 @@ from fettle.quantize.packed import Quantized, quantize
 class RTN(Edit):
     """Hold linear layers on a grid; nothing trains."""
 
+    role = "quantizes"
     kind: Literal["rtn"] = "rtn"
     targets: str | tuple[str, ...] = "all-linear"
     grid: Grid = Grid(bits=8)

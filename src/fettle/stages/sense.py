@@ -15,46 +15,29 @@ from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.core.spec import Where
 from fettle.models.weight import innermost
-from fettle.peft import (
-    IA3,
-    AdaLoRA,
-    BitFit,
-    Freeze,
-    Full,
-    HybridPrompt,
-    LoRA,
-    Norms,
-    PrefixTuning,
-    PromptTuning,
-    PTuning,
-    PTuningV2,
-    TinyTL,
-)
-from fettle.quantize import NF4, RTN
+from fettle.peft import AdaLoRA, Full, LoRA
 
 if TYPE_CHECKING:
     from fettle.stages.tune import Recipe
 
-PROMPTS = (HybridPrompt, PrefixTuning, PromptTuning, PTuning, PTuningV2)
-QUANTIZERS = (NF4, RTN)
-UPDATES = (AdaLoRA, BitFit, IA3, LoRA, Norms, TinyTL)  # train a change of weights that themselves stay as they are
-WRAPPERS = (AdaLoRA, IA3, LoRA)  # ... of the linear layers that their targets name
+WRAPPERS = (AdaLoRA, LoRA)  # train a change of the linear layers that their targets name
+STILL = ("freezes", "quantizes")  # roles that train nothing
 Problems = Iterator[tuple[Where, str]]
 
 
 def senseless(recipe: Recipe) -> Problems:
     """(place in the recipe, what is wrong and what to do)."""
     edits, task = recipe.edits, recipe.model.task
-    if task in ("auto", "causal") and all(isinstance(e, (Freeze, *QUANTIZERS)) for e in edits):
+    if task in ("auto", "causal") and all(e.role in STILL for e in edits):
         what = f"nothing trains after {_listed(edits)}" if edits else "nothing trains"
         yield ("edits",), f"{what}; add an edit that trains, as in edits: [{{kind: lora}}]"
         return
     for (i, first), (j, second) in combinations(enumerate(edits), 2):
-        frozen = any(isinstance(e, Freeze) for e in edits[i:])  # then only the model tells what still trains
+        frozen = any(e.role == "freezes" for e in edits[i:])  # then only the model tells what still trains
         if wrong := _pair(first, f"edits.{i} ({_kind(first)})", second, frozen):
             yield ("edits", j), wrong
     for i, edit in enumerate(edits):
-        if isinstance(edit, Freeze) and all(isinstance(e, (Freeze, *QUANTIZERS)) for e in edits[:i]):
+        if edit.role == "freezes" and all(e.role in STILL for e in edits[:i]):
             yield ("edits", i), "freeze stops nothing here, where nothing trains yet; put it after the edit that trains"
     if recipe.optim.steps is not None:
         yield from too_short(edits, recipe.optim.steps)
@@ -71,7 +54,7 @@ def senseless_on(model: nn.Module, edits: Sequence[Edit]) -> Problems:
     if not any(p.requires_grad for p in model.parameters()):
         yield ("edits",), f"nothing trains after {_listed(edits)}; add an edit such as {{kind: lora}}"
     for i, edit in enumerate(edits):
-        if not isinstance(edit, UPDATES):
+        if edit.role != "updates":
             continue
         both = [name for name, m in model.named_modules() if getattr(m, "edit", None) is edit and _weight_trains(m)]
         if both:
@@ -95,20 +78,20 @@ def too_short(edits: Sequence[Edit], steps: int) -> Problems:
 def _pair(first: Edit, name: str, second: Edit, frozen: bool) -> str | None:
     """What is wrong with `second` after `first`, which is called `name`."""
     kind = _kind(second)
-    if isinstance(first, PROMPTS) and isinstance(second, PROMPTS):
+    if first.role == second.role == "prompts":
         return (
             f"a model takes one soft prompt, and {name} is one; give that one more tokens, or write both as one "
             "hybrid_prompt template"
         )
-    if isinstance(second, QUANTIZERS) and isinstance(first, (Full, *WRAPPERS)) and _meet(first, second):
+    if second.role == "quantizes" and isinstance(first, (Full, *WRAPPERS)) and _meet(first, second):
         return (
             f"{kind} would round away what {name} trains in the same layers; put {kind} first and train beside it with lora, "
             "or quantize what fettle export --to hf writes of the result"
         )
-    if isinstance(first, QUANTIZERS) and isinstance(second, Full) and second.targets is None:
+    if first.role == "quantizes" and isinstance(second, Full) and second.targets is None:
         return f"full trains every weight, and {name} holds those of the linear layers fixed; give full targets, or take lora"
     both = ((first, second), (second, first))
-    if not frozen and any(isinstance(a, Full) and isinstance(b, UPDATES) and _meet(a, b) for a, b in both):
+    if not frozen and any(isinstance(a, Full) and b.role == "updates" and _meet(a, b) for a, b in both):
         return f"{kind} and {name} would train the same weights twice; keep one of them, or give full other targets"
     return None
 
