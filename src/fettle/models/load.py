@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -22,6 +24,7 @@ from fettle.core.files import read_json, sha256
 from fettle.models.allocator import keep_pages
 from fettle.models.encdec import JOIN
 from fettle.models.forest import Forest
+from fettle.models.lean import make_lean
 from fettle.models.parts import left_out, name_body, quiet, split_other_parts
 from fettle.models.proof import prove
 from fettle.models.spec import EMBEDDED, ModelSpec
@@ -46,6 +49,7 @@ def load(spec: ModelSpec) -> Forest:
     if model.config.is_encoder_decoder and not tokenizer.chat_template:  # type: ignore[union-attr]
         tokenizer.chat_template = JOIN
     model.to(device).eval()  # type: ignore[arg-type]
+    make_lean(model)
     if spec.gradient_checkpointing:
         checkpoint_layers(model)
     return prove(Forest(model, tokenizer, spec))
@@ -170,8 +174,9 @@ def pretrained(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
     folder = folder_of(spec.path, spec.revision)
     weight_files(folder)
     config = headed(configuration(spec), spec)
+    packed = _packed(folder, config)
     try:
-        with torch.random.fork_rng(devices=[]), quiet():
+        with torch.random.fork_rng(devices=[]), quiet(), packed.opening(config) if packed else nullcontext():
             torch.manual_seed(spec.seed)  # of a head that the checkpoint does not have
             model, report = auto_class(spec, config).from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
@@ -181,6 +186,8 @@ def pretrained(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
         raise FettleError(f"{folder}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     name_body(model)
     found = own_problems(model, report)
+    if packed:
+        found["unexpected_keys"] = packed.held(found["unexpected_keys"])
     found["unexpected_keys"], other = split_other_parts(model, config, found["unexpected_keys"])
     if other:
         said = f"{folder}: only the text part is loaded; left out: {left_out(other)}"
@@ -195,7 +202,40 @@ def pretrained(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
                 f"{folder}: the checkpoint {what} {len(names)} of the weights of {type(model).__name__} ({', '.join(names[:3])}"
                 f"{', ...' if len(names) > 3 else ''}); it belongs to another architecture or is damaged"
             )
+    if packed:
+        packed.fill(model)
     return model
+
+
+class PackedCheckpoint(Protocol):
+    """A checkpoint that holds some of its layers packed."""
+
+    def opening(self, config: Any) -> AbstractContextManager[None]:
+        """Within it, transformers builds a model of `config` with places for the packed layers."""
+
+    def held(self, names: list[str]) -> list[str]:
+        """Of the weights that transformers did not ask for, those that are no part of a packed layer."""
+
+    def fill(self, model: nn.Module) -> None:
+        """Put the packed layers in their places."""
+
+
+# By the `quant_method` of a configuration: what reads such a folder. fettle.quantize adds what it reads.
+packed_checkpoints: dict[str, Callable[[Path, dict[str, Any]], PackedCheckpoint]] = {}
+
+
+def _packed(folder: Path, config: Any) -> PackedCheckpoint | None:
+    """The reader of a folder whose configuration says that its weights are quantized; None for a dense one."""
+    said = getattr(config, "quantization_config", None)
+    if not said:
+        return None
+    method = said.get("quant_method")
+    if method not in packed_checkpoints:
+        known = ", ".join(packed_checkpoints)
+        raise FettleError(
+            f"{folder}: its weights are quantized by '{method}'; {known} can be read, others must be dequantized first"
+        )
+    return packed_checkpoints[method](folder, said)
 
 
 def random_model(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:

@@ -27,9 +27,19 @@ from torch.autograd.function import once_differentiable
 
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
+from fettle.models.lean import Again, again
 from fettle.models.select import adaptable, matches
-from fettle.models.surgery import made_by, replace, untie
-from fettle.models.weight import in_out, innermost, is_adapter, is_embedding, place, read_weight, write_weight
+from fettle.models.surgery import beneath, made_by, replace, untie
+from fettle.models.weight import (
+    in_out,
+    innermost,
+    is_adapter,
+    is_embedding,
+    live_weight,
+    place,
+    read_weight,
+    write_weight,
+)
 from fettle.peft.dora import rescale, row_norms
 from fettle.peft.pissa import principal, without_start
 
@@ -39,7 +49,8 @@ T = TypeVar("T")
 def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """y + s B A dropout(x): y [.., N], x [.., K]; A [r, K] and B [N, r] in float32 or wider."""
     seed = int(torch.randint(2**62, ())) if dropout else 0
-    flat = LowRank.apply(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), a, b, scale, dropout, seed)
+    rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    flat = LowRank.apply(*rows, a, b, scale, dropout, seed, again(x))
     return flat.view_as(y)
 
 
@@ -51,26 +62,28 @@ def looked_up(y: Tensor, ids: Tensor, a: Tensor, b: Tensor, scale: float | Tenso
 class LowRank(torch.autograd.Function):
     """y + s B A dropout(x) for one linear, in one sum.
 
-    It keeps x itself, which all adapters that read the same x keep as one, and the small A x. A dropped x is made again
-    from its seed in the backward pass, and nothing of width N is kept.
+    It keeps the small A x, and of x what it can be computed again from, where x says so (models/lean.py); else x itself, which
+    all adapters that read the same x keep as one. A dropped x is made again from its seed in the backward pass, and nothing
+    of width N is kept.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float, seed: int
+        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float, seed: int, source: Again | None
     ) -> Tensor:
-        """y [M, N], x [M, K] -> [M, N] in their type."""
+        """y [M, N], x [M, K] -> [M, N] in their type; `source` tells how x is computed again."""
         mask = dropout_mask(x, dropout, seed)
         h = (x if mask is None else mask.mul_(x)) @ a.to(x.dtype).T
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, h if ctx.needs_input_grad[3] else None, a, b)
-        ctx.numbers = scale, dropout, seed
+        kept = ((x,) if source is None else source.wanted()) if ctx.needs_input_grad[2] else ()
+        ctx.save_for_backward(h if ctx.needs_input_grad[3] else None, a, b, *kept)
+        ctx.numbers, ctx.source = (scale, dropout, seed), source
         return torch.addmm(y, h, b.to(x.dtype).T, alpha=scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of y and x in their type, of a and b in theirs."""
-        x, h, a, b = ctx.saved_tensors
+        h, a, b, *kept = ctx.saved_tensors
         scale, dropout, seed = ctx.numbers
         _, for_x, for_a, for_b, *_ = ctx.needs_input_grad
         down = grad @ (b.to(grad.dtype) * scale)
@@ -78,9 +91,12 @@ class LowRank(torch.autograd.Function):
         grad_x = down @ a.to(grad.dtype) if for_x else None
         if grad_x is not None and mask is not None:
             grad_x.mul_(mask)
-        grad_a = (down.T @ (x if mask is None else mask.mul_(x))).to(a.dtype) if for_a else None
+        grad_a = None
+        if for_a:
+            x = (kept[0] if ctx.source is None else ctx.source.result(kept)).view(-1, a.shape[1])
+            grad_a = (down.T @ (x if mask is None else mask.mul_(x))).to(a.dtype)
         grad_b = (h.T @ grad).T.to(b.dtype).mul_(scale) if for_b else None  # grad.T @ h takes up to 5 times as long
-        return grad, grad_x, grad_a, grad_b, None, None, None
+        return grad, grad_x, grad_a, grad_b, None, None, None, None
 
 
 def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor | None:
@@ -149,10 +165,18 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The weight [N, K] of the plain layer that computes the same, in float32 or wider."""
-        weight = read_weight(self.base).to(self.a.dtype) + self.delta()
-        if self.magnitude is not None:
-            weight *= (self.magnitude / self._norms(*self.factors()))[:, None]
-        return weight
+        return self._on(read_weight(self.base))
+
+    def live_weight(self) -> Tensor:
+        """The same with the gradients of what trains, whatever is under it; what is under it while this is off."""
+        if self.training and self.edit.dropout:
+            raise FettleError("lora: dropout has no place in a weight that is rounded as a whole; set lora's dropout to 0")
+        under = live_weight(self.base)
+        return self._on(under) if self.enabled else under
+
+    def _on(self, weight: Tensor) -> Tensor:
+        weight = weight.to(self.a.dtype) + self.delta()
+        return weight if self.magnitude is None else weight * (self.magnitude / self._norms(*self.factors()))[:, None]
 
     def _norms(self, a: Tensor, b: Tensor) -> Tensor:
         return row_norms(read_weight(self.base), a, b, self.scale)
@@ -197,14 +221,20 @@ class LoRA(Edit):
     alphas: dict[str, PositiveFloat] = Field(default={}, description="alphas of some targets, by pattern")
     lr_ratio: float = Field(default=1.0, gt=0, description="learning rate of B over that of A (LoRA+); about 16 there")
 
+    @property
+    def detachable(self) -> bool:
+        """Whether the base is whole without it; what LoftQ takes from the base is in A and B."""
+        return self.init != "loftq"
+
     def apply(self, model: nn.Module) -> None:
         """Wrap the targets. FettleError where one matches nothing, is smaller than its rank, or cannot be wrapped."""
         found = adaptable(model, self.targets)
         ranks, alphas = by_layer(self.ranks, found, "lora.ranks"), by_layer(self.alphas, found, "lora.alphas")
         for name, base in found.items():
             rank = ranks.get(name, self.rank)
-            self._check(name, base, rank)
             alpha = alphas.get(name, self.usual_alpha(rank))
+            name, base = beneath(name, base)
+            self._check(name, base, rank)
             replace(model, name, LoRALinear(base, self, rank, alpha))
 
     def usual_alpha(self, rank: int) -> float:
