@@ -243,7 +243,11 @@ def random_model(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
     config = headed(configuration(spec), spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        return auto_class(spec, config).from_config(config, dtype=torch.float32).to(dtype)  # type: ignore[no-any-return]
+        model = auto_class(spec, config).from_config(config, dtype=torch.float32)
+    kept = model.state_dict(keep_vars=True)
+    for tensor in kept.values():  # others, as rotary frequencies, are float32 in a model that is read from a file too
+        tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+    return model  # type: ignore[no-any-return]
 
 
 def configuration(spec: ModelSpec) -> Any:

@@ -151,6 +151,18 @@ def test_from_nothing(tmp_path: Path) -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_model_from_nothing_is_the_model_that_its_file_gives(folder: Path, tmp_path: Path, dtype: str) -> None:
+    """Rotary frequencies among it, which are no weights: rounded to 16 bits they turn by another angle at every position."""
+    settings = json.loads((folder / "config.json").read_text())
+    made = loading.load(ModelSpec(config=settings, tokenizer=str(folder), dtype=dtype, device="cpu")).model
+    made.save_pretrained(tmp_path / "model")
+    read = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+    held, found = ({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (made, read))
+    assert {n: t.dtype for n, t in held.items()} == {n: t.dtype for n, t in found.items()}
+    assert all(torch.equal(held[name], found[name]) for name in found)
+
+
 def test_a_config_that_is_wrong(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     with pytest.raises(FettleError, match="model.config.*lama"):
