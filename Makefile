@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 
 # Two test processes of one thread each: torch's threads spin when they outnumber the cores. JOBS=4 for more.
 JOBS ?= 2
-BENCH ?= sft peft
+BENCH ?= sft peft dpo grpo generate quantize
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: help demo demo-short test test-slow bench lint format base clean

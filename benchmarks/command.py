@@ -19,10 +19,10 @@ from benchmarks.material import SIZES
 DATA = ROOT.parent / "shared" / "data" / "alpaca_en_demo.json"
 
 
-def arguments(doc: str, name: str) -> argparse.Namespace:
-    """The command line of the benchmark `name`. What depends on the device is filled in."""
+def arguments(doc: str, name: str, data: Path = DATA) -> argparse.Namespace:
+    """The command line of the benchmark `name`, which reads `data`. What depends on the device is filled in."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--data", default=str(DATA), help="instruction data")
+    parser.add_argument("--data", default=str(data), help=f"data such as {data.name}")
     parser.add_argument("--pairs", type=int, default=3, help="measurements of each side, in turn")
     parser.add_argument("--steps", type=int, help="optimizer steps of a measurement; default: 8 on a CPU, 40 on a GPU")
     parser.add_argument(
@@ -71,7 +71,7 @@ def workplace(asked: argparse.Namespace, script: str) -> Iterator[tuple[Children
     """Children that work in a folder which goes in the end (unless --keep), and the machine. Ends where there is no data."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that no child outlives it
     if not Path(asked.data).exists():
-        fail(f"{asked.data}: no such file; give instruction data with --data")
+        fail(f"{asked.data}: no such file; name one with --data")
     folder = asked.keep or Path(tempfile.mkdtemp(prefix="fettle-bench-"))
     try:
         where = machine(asked.threads)

@@ -18,7 +18,8 @@ from benchmarks.common import clock, fail, in_turn
 from benchmarks.peft_arms import RANK, opened
 from fettle.core.batch import Batch, Example, Node, pack
 from fettle.generate import Sampling
-from fettle.generate.sample import Request, run
+from fettle.generate.padded import run
+from fettle.generate.request import Request, limits
 from fettle.models.select import linears
 from fettle.models.weight import in_out
 from fettle.peft.adapters import Adapters
@@ -111,8 +112,8 @@ class Routed:
         return [out[i] for i in range(len(self.texts))]
 
     def _answers(self, which: Sequence[int]) -> list[list[int]]:
-        requests = [Request(i, self.texts[i].tolist(), i) for i in which]
-        for _ in run(self.forest, requests, Sampling(max_tokens=self.new), frozenset()):
+        requests = [Request(i, self.texts[i].tolist(), i, self.new) for i in which]
+        for _ in run(self.forest, requests, limits(self.forest, Sampling(), ends=frozenset())):
             pass
         return [request.tokens for request in requests]
 

@@ -11,6 +11,9 @@ from typing import Annotated
 import typer
 
 from fettle import __version__
+from fettle.verbs import feedback, lab, peft, quantize
+from fettle.verbs.arguments import ModelName, Overrides, RecipePath
+from fettle.verbs.feedback import LABEL, label
 
 app = typer.Typer(
     name="fettle", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -18,16 +21,10 @@ app = typer.Typer(
     epilog="Start with [bold]fettle lab demo[/bold], then [bold]fettle check recipes/quickstart.yaml[/bold]. "
     "Every verb has its own --help.",
 )  # fmt: skip
-lab_app = typer.Typer(no_args_is_help=True, help="The small world on your desk: its data, its base model, its claims.")
-app.add_typer(lab_app, name="lab")
-peft_app = typer.Typer(no_args_is_help=True, help="The parameter-efficient family.")
-app.add_typer(peft_app, name="peft")
-
-RecipePath = Annotated[Path, typer.Argument(help="a recipe in YAML", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value, as in optim.lr=1e-4 or edits.0.rank=8", show_default=False)
-]
-ModelName = Annotated[str, typer.Argument(help="a run or artifact folder, a model folder, a hub id, or fettle/tiny")]
+app.add_typer(lab.app, name="lab")
+app.add_typer(peft.app, name="peft")
+app.add_typer(quantize.app, name="quantize")
+app.add_typer(feedback.app, name="feedback")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -155,10 +152,18 @@ def evaluate(
         console.print(difference_table(compare(Results.read(against), results)))
 
 
-@app.command(epilog="[bold]fettle export runs/quickstart --to peft[/bold]")
+@app.command(
+    epilog="[bold]fettle export runs/quickstart --to peft[/bold]; [bold]fettle export fettle/tiny --to gguf --type Q8_0[/bold]"
+)
 def export(
     model: ModelName,
-    to: Annotated[str, typer.Option(help="hf (merged folder), peft (adapter), llama (.pth and params.json)")] = "hf",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="hf (merged folder), peft (adapter), llama (.pth and params.json), gguf (llama.cpp), bitsandbytes; of a quantized "
+            "model compressed-tensors, gptq, gptq-v2, awq"
+        ),
+    ] = "hf",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -170,6 +175,12 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="of merged weights: float32, bfloat16, float16; default: the model's")
     ] = None,
+    type: Annotated[
+        str | None,
+        typer.Option(
+            help="gguf: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1; bitsandbytes: nf4, int8; default: packed layers as they are"
+        ),
+    ] = None,
 ) -> None:
     """Write a model for others to load; what was written is read back and its logits compared first."""
     from fettle.export import export as write
@@ -177,11 +188,61 @@ def export(
 
     forest, edits = open_model(model)
     target = output or (Path(model) / to if Path(model).is_dir() else Path(f"{Path(model).name}-{to}"))
-    parity = write(forest, edits, target, to, dtype)
+    parity = write(forest, edits, target, to, dtype, type)
     print(
         f"{target}: reads back with {parity.checked_with}, {parity.written_difference:.2g} from what was written at most "
-        f"(allowed: {parity.tolerance:.2g}); rounding weights to {parity.dtype} moved logits by {parity.largest_difference:.2g} at most"
+        f"(allowed: {parity.tolerance:.2g}); rounding to {parity.dtype} moved logits by {parity.largest_difference:.2g} at most"
     )
+
+
+@app.command(
+    epilog="[bold]fettle sample fettle/tiny -o runs/own.jsonl --rows 2000[/bold]; stopped, the same command goes on"
+)
+def sample(
+    model: ModelName,
+    output: Annotated[Path, typer.Option("-o", "--output", help="file of JSON lines to write")],
+    rows: Annotated[int, typer.Option(help="how many texts")] = 1000,
+    length: Annotated[int, typer.Option(help="most tokens of a text")] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="of the tokens after the first few, which are the likeliest")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="seed of start tokens and sampling")] = 0,
+) -> None:
+    """Let a model write texts of its own, to adapt it where there is no data (LLM-QAT)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fettle.core.config import validate
+    from fettle.generate.own import OwnText, write_own
+    from fettle.stages import open_model
+
+    said = {"rows": rows, "length": length, "temperature": temperature, "seed": seed}
+    spec = validate(OwnText, said, "fettle sample")
+    forest, _ = open_model(model)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("texts", total=rows)
+        write_own(forest, output, spec, model, lambda count: bar.advance(task, count))
+    print(output)
+
+
+@app.command(epilog="[bold]fettle delta runs/mine -o runs/mine-delta --data runs/lab/instructions.jsonl[/bold]")
+def delta(
+    tuned: Annotated[str, typer.Argument(help="the fine-tune: a run or artifact folder, a model folder or a hub id")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder that receives the artifact")],
+    base: Annotated[str | None, typer.Option(help="its base; default: the one that an artifact names")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="texts to distil the scales on; may be given several times")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="steps of distilling")] = 200,
+    seed: Annotated[int, typer.Option(help="seed of distilling")] = 0,
+) -> None:
+    """Hold a fine-tune as its base and one bit a weight (BitDelta); with data, its scales are trained towards its logits."""
+    from fettle.stages.tenants import make_delta
+
+    print(make_delta(tuned, output, base, data or (), steps, seed))
+
+
+app.command("label", epilog=LABEL)(label)
 
 
 @app.command(epilog="[bold]fettle schema > recipe.schema.json[/bold]")
@@ -190,88 +251,6 @@ def schema() -> None:
     from fettle import stages
 
     print(json.dumps(stages.schema(), indent=2))
-
-
-@peft_app.command("compare", epilog="[bold]fettle peft compare recipes/quickstart.yaml optim.steps=100[/bold]")
-def peft_compare(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    arms: Annotated[
-        Path | None, typer.Option(help="a file of arms: what each changes in the recipe; default: every method")
-    ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="only this arm; may be given several times")] = None,
-    seeds: Annotated[int, typer.Option(help="how many seeds")] = 1,
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder for the runs and findings")] = Path(
-        "runs/compare"
-    ),
-) -> None:
-    """Run a recipe with every method: trained parameters, memory, time a step, quality, latency; a table and a picture."""
-    from fettle.stages.compare import compare, pick, read_arms
-    from fettle.stages.recipes import recipe_file
-
-    compare(recipe, pick(read_arms(arms or recipe_file("peft.yaml")), only), output, overrides or (), seeds)
-    print(output / "findings.png")
-
-
-@lab_app.command("list")
-def lab_list() -> None:
-    """The claims that can be reproduced here."""
-    from fettle.lab.claims import CLAIMS
-
-    for claim in CLAIMS.values():
-        print(f"{claim.name}\n  {claim.says}\n  {claim.paper}")
-
-
-@lab_app.command("run")
-def lab_run(
-    claim: Annotated[str, typer.Argument(help="a claim of `fettle lab list`")],
-    seeds: Annotated[int, typer.Option(help="how many seeds")] = 3,
-    each: Annotated[
-        int | None, typer.Option(help="evaluation items a task family; default: as many as the claim needs")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of the recipe, as in optim.steps=50")
-    ] = None,
-) -> None:
-    """Reproduce a claim: every arm over the seeds, with intervals and a control. Goes on where it was stopped."""
-    from fettle.lab.claims import run_claim
-
-    print(run_claim(claim, seeds, each, overrides or ()))
-
-
-@lab_app.command("data")
-def lab_data(
-    output: Annotated[Path, typer.Argument(help="folder to write")] = Path("runs/lab"),
-    seed: Annotated[int, typer.Option(help="seed of the world and its texts")] = 0,
-    documents: Annotated[int, typer.Option(help="documents of the pre-training corpus")] = 0,
-    instructions: Annotated[int, typer.Option(help="rows of instructions")] = 12_000,
-) -> None:
-    """Write the lab's corpus, instructions and tasks."""
-    from fettle.lab import write_lab
-
-    for name, rows in write_lab(output, seed, documents, instructions).items():
-        print(f"{output / name}: {rows:,} rows")
-
-
-@lab_app.command("base")
-def lab_base(overrides: Overrides = None) -> None:
-    """Pretrain the embedded base model again from nothing, and install it. Goes on where it was stopped."""
-    from fettle.lab.base import build_base
-
-    print(build_base(overrides or ()))
-
-
-@lab_app.command("demo")
-def lab_demo(
-    data: Annotated[str | None, typer.Argument(help="data=FILE tunes on your own file instead of the lab's")] = None,
-    short: Annotated[bool, typer.Option("--short", help="a minute instead of minutes")] = False,
-) -> None:
-    """Check, tune, compare before and after, merge: everything once, on the embedded base."""
-    if data is not None and not data.startswith("data="):
-        raise typer.BadParameter(f"'{data}' is not understood; write data=FILE")
-    from fettle.lab.demo import demo
-
-    demo(data.removeprefix("data=") if data else None, short=short)
 
 
 if __name__ == "__main__":

@@ -254,9 +254,9 @@ class Speller(Words):
 @pytest.mark.parametrize("edit", PROMPTS, ids=name)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gemma3_text"])
 def test_generation_is_greedy_by_full_recomputation(kind: str, edit: Edit, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fettle.generate import sample
+    from fettle.generate import request
 
-    monkeypatch.setattr(sample, "end_tokens", lambda forest: frozenset())
+    monkeypatch.setattr(request, "end_tokens", lambda forest: frozenset())
     model = build(kind, edit)
     forest = Forest(model, Speller(), backend="dense")
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22], [30, 31, 32, 33, 34]]

@@ -1,4 +1,4 @@
-"""NF4 against bitsandbytes: the same codes, the same scales, the same values."""
+"""NF4 and int8 against bitsandbytes: the same codes, the same scales, the same values, the same products."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fettle.quantize.grid import dynamic, levels
+from fettle.quantize.activations import Activations
+from fettle.quantize.grid import Grid, dynamic, levels
+from fettle.quantize.int8 import Int8
+from fettle.quantize.kernels import product_w8a8, works
 from fettle.quantize.nf4 import SCALES, nf4
-from fettle.quantize.packed import Quantized, unpack
+from fettle.quantize.normal4 import Normal4
+from fettle.quantize.packed import Quantized, quantize, unpack
 
 FIXTURE = [
     4, 193, 110, 41, 243, 176, 93, 23, 226, 159, 60, 5, 209, 142, 42, 244, 193, 110, 24, 227, 176, 93, 23, 226, 159, 59, 5,
@@ -91,3 +95,44 @@ def test_without_the_reference_its_numbers_still_hold() -> None:
     x = torch.tensor([((37 * i) % 101 - 50) / 50 for i in range(64)])
     packed = nf4(x[None], double=False)
     assert packed.codes.tolist() == FIXTURE and packed.scale.item() == 1.0  # type: ignore[union-attr]
+
+
+# 8 bits.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_int8_rows_have_the_same_codes_and_scales(bnb: Any, dtype: torch.dtype) -> None:
+    for x in (weights((64, 128), dtype), weights((3, 40), dtype)):
+        theirs, most, _ = bnb.int8_vectorwise_quant(x.to(torch.float16) if dtype == torch.float16 else x.float())
+        ours = quantize(x, Grid(bits=8, narrow=True))
+        assert isinstance(ours.scale, Tensor)
+        assert torch.equal((ours.codes ^ 128).view(torch.int8).view(x.shape), theirs)
+        assert torch.allclose(ours.scale * 127, most.float(), rtol=2e-7, atol=0)
+
+
+def test_a_product_of_int8_is_the_same(bnb: Any) -> None:
+    weight, x = weights((48, 96), torch.float32), torch.randn(7, 96, generator=torch.Generator().manual_seed(1))
+    if not works("w8a8"):
+        pytest.skip("this processor multiplies no integers")
+    x_codes, x_most, _ = bnb.int8_vectorwise_quant(x)
+    w_codes, w_most, _ = bnb.int8_vectorwise_quant(weight)
+    theirs = bnb.int8_linear_matmul(x_codes, w_codes).float() * (x_most[:, None].float() * w_most.float()) / 127**2
+    ours = product_w8a8(Int8.of(quantize(weight, Grid(bits=8, narrow=True))), x, Activations(narrow=True), None)
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_a_product_of_nf4_is_the_same(bnb: Any, rows: int) -> None:
+    import bitsandbytes
+
+    if not works("nf4"):
+        pytest.skip("this processor has no kernel of theirs")
+    weight = weights((128, 256), torch.bfloat16)
+    theirs = bitsandbytes.nn.Linear4bit(
+        256, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=False
+    )
+    theirs.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False)
+    theirs = theirs.to("cpu").eval()
+    x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(Normal4.of(nf4(weight, double=False)).product(x), theirs(x))

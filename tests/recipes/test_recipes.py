@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 
 from fettle.core.config import read_yaml
+from fettle.lab.alignment import write_alignment
+from fettle.lab.world import World
 from fettle.stages import check, load_recipe
 from fettle.stages.compare import read_arms
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ARMS = RECIPES / "peft.yaml"
 QUICKSTART = RECIPES / "quickstart.yaml"
+BESIDE = {ARMS, RECIPES / "quantizers.yaml", RECIPES / "lab" / "arms.yaml"}  # what comparisons change in a recipe
 
 
 @pytest.mark.parametrize(
-    "file", sorted(set(RECIPES.rglob("*.yaml")) - {ARMS}), ids=lambda f: str(f.relative_to(RECIPES))
+    "file", sorted(set(RECIPES.rglob("*.yaml")) - BESIDE), ids=lambda f: str(f.relative_to(RECIPES))
 )
 def test_every_recipe_is_valid(file: Path) -> None:
     assert load_recipe(file).stages
@@ -38,3 +41,13 @@ def test_the_quickstart_passes_its_check(tmp_path: Path) -> None:
     here = [f"data.0.path={tmp_path}/rows.jsonl", f"output={tmp_path}/out", "batch.tokens=256", "model.dtype=float32"]
     (report,) = check(load_recipe(QUICKSTART, here), 1, time_steps=False)
     assert report.ok and report.steps == 600 and 0 < report.trained < report.parameters
+
+
+@pytest.mark.parametrize("name", ["align.yaml", "dpo.yaml"])
+def test_the_stages_of_alignment_pass_their_checks(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a few rows of the lab's data, before any stage has run."""
+    monkeypatch.chdir(tmp_path)
+    write_alignment("runs/lab/alignment", World.build(0), 0, 40, 3)
+    reports = check(load_recipe(RECIPES / name), 0, time_steps=False)
+    assert all(report.ok for report in reports)
+    assert [report.steps for report in reports] == ([200, 80, 120, 0] if name == "align.yaml" else [200, 100])

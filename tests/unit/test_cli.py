@@ -15,6 +15,7 @@ from fettle.core.errors import FettleError
 
 VERBS = [
     ["check"], ["run"], ["chat"], ["eval"], ["export"], ["schema"],
+    ["label"], ["feedback"], ["feedback", "report"], ["feedback", "pairs"], ["feedback", "rankings"], ["feedback", "labels"],
     ["lab"], ["lab", "list"], ["lab", "run"], ["lab", "data"], ["lab", "base"], ["lab", "demo"],
 ]  # fmt: skip
 

@@ -26,7 +26,7 @@ from fettle.models.forest import Forest
 from fettle.models.load import load
 from fettle.models.select import partly_matched
 from fettle.models.spec import EMBEDDED, ModelSpec
-from fettle.stages.artifact import apply_edits
+from fettle.stages.artifact import apply_edits, outline_edits
 from fettle.stages.compare import read_arms
 from fettle.stages.pipeline import Pipeline, load_recipe
 from fettle.stages.recipes import recipe_file
@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 METHOD_PAGES = sorted((DOCS / "methods").glob("*.md"))
+OBJECTIVE_PAGES = sorted((DOCS / "objectives").glob("*.md"))
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"^    .*$", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -65,7 +66,7 @@ def every(language: str) -> list[Any]:
 
 def is_whole(data: Any) -> bool:
     """Whether a document is a recipe that could run, rather than a part of one."""
-    return "stages" in data or {"data", "output"} <= set(data)
+    return "stages" in data or {"data", "output"} <= set(data) or data.get("kind") == "quantize"
 
 
 def read(block: Block, folder: Path) -> Pipeline | None:
@@ -143,7 +144,7 @@ def test_claims_that_pages_name_exist_and_each_is_named_by_a_method() -> None:
     named = {page: re.findall(r"fettle lab run ([\w-]+)", page.read_text(encoding="utf-8")) for page in PAGES}
     for page, names in named.items():
         assert set(names) <= set(CLAIMS), f"{page.name}: {set(names) - set(CLAIMS)} of {set(CLAIMS)}"
-    assert set(CLAIMS) <= {name for page in METHOD_PAGES for name in named[page]}
+    assert set(CLAIMS) <= {name for page in (*METHOD_PAGES, *OBJECTIVE_PAGES) for name in named[page]}
 
 
 def test_every_edit_has_a_page_that_shows_it(tmp_path: Path) -> None:
@@ -192,7 +193,7 @@ def test_the_table_says_what_the_code_does(page: Path, base: Forest, tmp_path: P
         assert row is not None and row["tiny"] == "-"
         return
     forest = Forest(copy.deepcopy(base.model), copy.deepcopy(base.tokenizer), base.spec, base.backend)
-    apply_edits(forest, recipe.edits)
+    (outline_edits if recipe.kind == "quantize" else apply_edits)(forest, recipe.edits)
     model = forest.model
     for edit in recipe.edits:
         assert not partly_matched(model, getattr(edit, "targets", None) or ()), f"{block}: a run would refuse it"
@@ -213,7 +214,7 @@ def test_the_formulas_give_these_numbers(base: Forest) -> None:
     P, M, table = 20, 512, 2 * L * kv
     expected = {
         "lora": 16 * low, "rslora": 64 * low, "dora": 16 * low + out, "lora_plus": 16 * low, "pissa": 16 * low,
-        "loftq": 16 * low, "nf4": 16 * low, "rtn": 16 * low, "adalora": 24 * (low + len(ends)),
+        "loftq": 16 * low, "nf4": 16 * low, "rtn": 16 * low, "qat": 16 * low, "lsq": 16 * low + out, "bitdelta": len(ends), "adalora": 24 * (low + len(ends)),
         "adapter": L * (2 * C * 64 + 64 + C), "tinytl": L * C * 64 * (1 + 1 / 4) + out, "bitfit": out,
         "ia3": L * (2 * kv + I), "norms": (2 * L + 1) * C, "new_tokens": 2 * C, "prompt_tuning": P * C,
         "p_tuning_v2": P * table, "prefix_tuning": P * C + (C + 1) * M + (M + 1) * table,

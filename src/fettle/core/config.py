@@ -189,7 +189,7 @@ def _sentence(error: Any, kind: Any, document: Document) -> str:
             tag, known = error["ctx"]["tag"], error["ctx"]["expected_tags"].replace("'", "").split(", ")
             what = f"unknown kind '{tag}'" if tag else "the key 'kind' is missing"
             place = document.place((*where, "kind")) if tag else place
-            return f"{place}: {name}: {what}: {nearest(tag, known)}"
+            return f"{place}: {f'{name}: ' if name else ''}{what}: {nearest(tag, known)}"
         case "value_error":
             return f"{place}: {f'{name}: ' if name else ''}{error['msg'].removeprefix('Value error, ')}"
     found = orjson.dumps(error["input"], default=str).decode()[:60]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -22,18 +22,38 @@ class Edit(Spec):
 
     What it puts into a model holds it, and finds it again by identity: two equal edits of a list are two.
     `role` is what it does to weights, for telling which edits exclude each other: it trains the weights themselves or modules
-    of its own, trains a change of weights that stay as they are, trains a soft prompt, freezes, or holds weights packed.
+    of its own, trains a change of weights that stay as they are, trains a soft prompt, freezes, holds weights packed,
+    computes as if they were packed while others train them (simulates), or moves scales from one weight to the next without
+    changing what the model computes (rescales).
     """
 
-    role: ClassVar[Literal["trains", "updates", "prompts", "freezes", "quantizes"]] = "trains"
+    role: ClassVar[Literal["trains", "updates", "prompts", "freezes", "quantizes", "rescales", "simulates"]] = "trains"
+    calibrated: ClassVar[bool] = False  # cannot be applied without a look at text: see `calibrate`
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """Itself, which never changes: a copy of a model has the same edits."""
         return self
 
+    @property
+    def detachable(self) -> bool:
+        """Whether the model with this edit's modules switched off is the model as it was before the edit."""
+        return True
+
     def apply(self, model: nn.Module) -> None:
         """Change the model in place and mark what trains (`requires_grad`)."""
         raise NotImplementedError(f"{type(self).__name__}.apply")
+
+    def calibrate(self, model: nn.Module, calibration: Any) -> None:
+        """Apply it with calibration text at hand, a `fettle.quantize.calibrate.Calibration`: what a stage of kind quantize does."""
+        self.apply(model)
+
+    def outline(self, model: nn.Module, names: Collection[str] | None = None) -> None:
+        """Change the model as `apply` does but for what only text or time can tell.
+
+        For opening an artifact, whose tensors, called `names`, then fill it in; without names for a look ahead at a stage that
+        has not run.
+        """
+        self.apply(model)
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """What an artifact must keep so that `apply` on the same base followed by a strict load gives this model."""
@@ -69,7 +89,7 @@ class Loss:
     """A sum over learned tokens (or pairs), its weight, and what to report.
 
     The loop divides the sum of `sum` by the sum of `count` over the whole step, so accumulation,
-    packing and sharding give the same gradient. `metrics` are sums over the same count.
+    packing and sharding give the same gradient. `metrics` are sums over the same count, or pairs (sum, count).
     """
 
     sum: Tensor  # scalar, float32, differentiable
@@ -78,7 +98,14 @@ class Loss:
 
 
 class Objective(Spec):
-    """A loss over a batch."""
+    """A loss over a batch.
+
+    `form` is what its examples are made of (data/forms.py): learned text, answers that are compared, or answers judged one by
+    one; or the model's own answers (train/rollouts.py). `unit` is what its loss is counted in.
+    """
+
+    form: ClassVar[Literal["text", "compared", "judged", "rollouts"]] = "text"
+    unit: ClassVar[str] = "token"
 
     def __call__(self, model: Any, batch: Batch) -> Loss:
         """`model` is a `fettle.models.forest.Forest`."""

@@ -27,7 +27,7 @@ from fettle.data.spec import DataSpec
 from fettle.data.store import ASIDE, Store, Writer, cached, open_store
 from fettle.data.template import Encoder
 
-VERSION = 2  # raised whenever the same data would be encoded otherwise
+VERSION = 3  # raised whenever the same data would be encoded otherwise
 LOOK = 32  # rows that tell a format
 CHUNK, CHUNK_CHARACTERS = 1024, 4 << 20
 SHOWN = 10  # bad rows named in full
@@ -170,8 +170,9 @@ class _Build:
                 self._set_aside(row, "nothing in it is learned")
             else:
                 self.kept += 1
-                self.chats = self.chats or sample.kind == "chat"
-                self.tools = self.tools or bool(sample.tools)
+                said = sample.answers or (sample,)
+                self.chats = self.chats or any(one.kind == "chat" for one in said)
+                self.tools = self.tools or any(one.tools for one in said)
                 self._look(row)
                 self.writer.add(row.where, found)
 
@@ -228,6 +229,8 @@ class _Build:
         """A prompt and its completion as a conversation, where the recipe wants that."""
         wanted = default if self.spec.chat is None else self.spec.chat
         labels = self.encoder.form is not None and self.encoder.form.labels
+        if sample.answers:
+            return replace(sample, answers=tuple(self._dressed(answer, default) for answer in sample.answers))
         if sample.kind != "completion" or not wanted or labels:
             return sample
         if not sample.prompt.strip():

@@ -24,7 +24,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # names in use; temp
 
 @dataclass(frozen=True)
 class Sample:
-    """What a row says: a conversation, a prompt with its completion, or a text."""
+    """What a row says: a conversation, a prompt with its completion, a text, or several answers to one prompt."""
 
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
@@ -37,10 +37,15 @@ class Sample:
     pair: str = ""
     words: tuple[str, ...] = ()
     tags: tuple[Any, ...] = ()  # one a word: a name or a number
+    answers: tuple[Sample, ...] = ()  # each the whole prompt with one answer, the best first
+    ranks: tuple[float, ...] = ()  # one an answer, 1 the best; of a single answer 1 where it is desired, else 2
+    margin: float = 0.0  # by how much the first answer is better than the last, where people said so
 
     @property
     def kind(self) -> str:
-        """'chat', 'completion', 'text', 'labelled' or 'tagged'."""
+        """'chat', 'completion', 'text', 'labelled', 'tagged' or 'preference'."""
+        if self.answers:
+            return "preference"
         if self.words or self.label is not None:
             return "tagged" if self.words else "labelled"
         return "chat" if self.messages else "completion" if self.completion else "text"
@@ -61,8 +66,8 @@ def detect(rows: Sequence[dict[str, Any]], where: str) -> str:
 def _detect(row: dict[str, Any], where: str) -> str | None:
     if {"chosen", "rejected"} <= row.keys() or isinstance(row.get("label"), bool) and "messages" in row:
         raise FettleError(
-            f"{where}: the rows hold human preferences (chosen and rejected answers, or labels); to learn from their "
-            "conversations all the same, say format: messages or format: sharegpt"
+            f"{where}: the rows hold human preferences (chosen and rejected answers, or labels); learn from them with an "
+            "objective such as dpo (kto for labels), or from their conversations alone with format: messages or format: sharegpt"
         )
     talk = row.get("messages", row.get("conversations", row.get("conversation")))
     if isinstance(talk, list) and talk and isinstance(talk[0], dict):
@@ -78,14 +83,14 @@ def to_sample(row: dict[str, Any], format: str) -> Sample:
     """A row of a named format (not 'auto', not 'template') as a sample; BadRow says why it is none."""
     sample = READERS[format](row)
     if row.get("weight") is not None:
-        weight = _weight(row["weight"], "weight")
+        weight = weight_of(row["weight"], "weight")
         sample = replace(sample, weight=weight, weights=tuple(w * weight for w in sample.weights))
     if sample.messages and not any(sample.weights):
         raise BadRow("every answer has the weight 0, so nothing would be learned")
     return sample
 
 
-def _weight(value: Any, key: str) -> float:
+def weight_of(value: Any, key: str) -> float:
     if isinstance(value, str):  # a CSV cell
         try:
             value = float(value)
@@ -98,7 +103,7 @@ def _weight(value: Any, key: str) -> float:
     return float(value)
 
 
-def _text(row: dict[str, Any], key: str, empty: bool = False) -> str:
+def text_of(row: dict[str, Any], key: str, empty: bool = False) -> str:
     """The text under a key that must be there; blank ones only where `empty`."""
     if key not in row:
         raise BadRow(f"the key '{key}' is missing")
@@ -112,20 +117,20 @@ def _text(row: dict[str, Any], key: str, empty: bool = False) -> str:
     return value
 
 
-def _maybe(row: dict[str, Any], key: str) -> str:
+def maybe(row: dict[str, Any], key: str) -> str:
     """The text under a key that may be missing, null or blank."""
-    return "" if row.get(key) is None else _text(row, key, empty=True)
+    return "" if row.get(key) is None else text_of(row, key, empty=True)
 
 
 def _plain(row: dict[str, Any]) -> Sample:
-    return Sample(text=_text(row, "text"))
+    return Sample(text=text_of(row, "text"))
 
 
 def _labelled(row: dict[str, Any]) -> Sample:
     key = "label" if "label" in row else "labels" if "labels" in row else ""
     if not key or row[key] is None:
         raise BadRow("the key 'label' is missing" if not key else f"'{key}' is null")
-    return Sample(text=_text(row, "text"), pair=_maybe(row, "text_pair"), label=row[key])
+    return Sample(text=text_of(row, "text"), pair=maybe(row, "text_pair"), label=row[key])
 
 
 def _tagged(row: dict[str, Any]) -> Sample:
@@ -144,28 +149,34 @@ def _tagged(row: dict[str, Any]) -> Sample:
     return Sample(words=tuple(words), tags=tuple(tags))
 
 
+def _preference(row: dict[str, Any]) -> Sample:
+    from fettle.data.ranked import ranked  # which reads turns as this file does
+
+    return ranked(row)
+
+
 def _completion(row: dict[str, Any]) -> Sample:
     key = "completion" if "completion" in row else "response" if "response" in row else "completion"
     prompt, answer = row.get("prompt"), row.get(key)
     if isinstance(prompt, list) and isinstance(answer, list):
         if not answer:
             raise BadRow(f"'{key}' is empty")
-        sample = _conversation([*prompt, *answer], "role", "content", row)
+        sample = conversation([*prompt, *answer], "role", "content", row)
         n = len(sample.messages) - len(answer)
         return replace(sample, weights=tuple(0.0 if i < n else w for i, w in enumerate(sample.weights)))
-    return Sample(prompt=_text(row, "prompt", empty=True), completion=_text(row, key))
+    return Sample(prompt=text_of(row, "prompt", empty=True), completion=text_of(row, key))
 
 
 def _alpaca(row: dict[str, Any]) -> Sample:
-    question, more, answer = _text(row, "instruction"), _maybe(row, "input"), _text(row, "output")
-    messages = [{"role": "system", "content": system}] if (system := _maybe(row, "system")).strip() else []
+    question, more, answer = text_of(row, "instruction"), maybe(row, "input"), text_of(row, "output")
+    messages = [{"role": "system", "content": system}] if (system := maybe(row, "system")).strip() else []
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
         raise BadRow("'history' must be a list of [question, answer] pairs")
     for pair in history:
         turn = {"question": pair[0], "answer": pair[1]}
-        messages.append({"role": "user", "content": _text(turn, "question")})
-        messages.append({"role": "assistant", "content": _text(turn, "answer")})
+        messages.append({"role": "user", "content": text_of(turn, "question")})
+        messages.append({"role": "assistant", "content": text_of(turn, "answer")})
     messages.append({"role": "user", "content": f"{question}\n\n{more}" if more.strip() else question})
     messages.append({"role": "assistant", "content": answer})
     return chat(messages)
@@ -173,12 +184,12 @@ def _alpaca(row: dict[str, Any]) -> Sample:
 
 def _messages(row: dict[str, Any]) -> Sample:
     key = next((k for k in ("messages", "conversations", "conversation") if k in row), "messages")
-    return _conversation(_turns(row, key), "role", "content", row)
+    return conversation(_turns(row, key), "role", "content", row)
 
 
 def _sharegpt(row: dict[str, Any]) -> Sample:
     key = next((k for k in ("conversations", "conversation", "messages") if k in row), "conversations")
-    return _conversation(_turns(row, key), "from", "value", row)
+    return conversation(_turns(row, key), "from", "value", row)
 
 
 def _turns(row: dict[str, Any], key: str) -> list[Any]:
@@ -191,10 +202,10 @@ def _turns(row: dict[str, Any], key: str) -> list[Any]:
     return row[key]
 
 
-def _conversation(turns: list[Any], role_key: str, text_key: str, row: dict[str, Any]) -> Sample:
+def conversation(turns: list[Any], role_key: str, text_key: str, row: dict[str, Any]) -> Sample:
     messages: list[dict[str, Any]] = []
     weights: list[float] = []
-    if (system := _maybe(row, "system")).strip():
+    if (system := maybe(row, "system")).strip():
         messages.append({"role": "system", "content": system})
         weights.append(0.0)
     for number, turn in enumerate(turns, 1):
@@ -210,12 +221,12 @@ def _conversation(turns: list[Any], role_key: str, text_key: str, row: dict[str,
 def _message(turn: Any, role_key: str, text_key: str) -> tuple[dict[str, Any], float]:
     if not isinstance(turn, dict):
         raise BadRow(f"expected an object, found {kind_of(turn)}")
-    said = _text(turn, role_key)
+    said = text_of(turn, role_key)
     role = ROLES.get(said)
     if role is None:
         raise BadRow(f"unknown role '{said[:40]}'; known: {', '.join(sorted(ROLES))}")
     if role == "call":
-        return {"role": "assistant", "content": "", "tool_calls": _calls_of_text(_text(turn, text_key))}, 1.0
+        return {"role": "assistant", "content": "", "tool_calls": _calls_of_text(text_of(turn, text_key))}, 1.0
     message: dict[str, Any] = {"role": role}
     if turn.get("tool_calls"):
         if role != "assistant":
@@ -230,7 +241,7 @@ def _message(turn: Any, role_key: str, text_key: str) -> tuple[dict[str, Any], f
         message |= {"thinking": reasoning, "reasoning_content": reasoning}
     if role != "assistant":
         return message, 0.0
-    return message, 1.0 if turn.get("weight") is None else _weight(turn["weight"], "weight")
+    return message, 1.0 if turn.get("weight") is None else weight_of(turn["weight"], "weight")
 
 
 def _content(turn: dict[str, Any], key: str, empty: bool) -> str:
@@ -245,10 +256,10 @@ def _content(turn: dict[str, Any], key: str, empty: bool) -> str:
             ):
                 raise BadRow(f"'{key}' holds a part that is not a text")
         value = "".join(part["text"] for part in value)
-        return _text({key: value}, key, empty)
+        return text_of({key: value}, key, empty)
     if value is None and empty:
         return ""
-    return _text(turn, key, empty)
+    return text_of(turn, key, empty)
 
 
 def _json(text: str, what: str) -> Any:
@@ -323,5 +334,5 @@ def chat(
 
 READERS: dict[str, Callable[[dict[str, Any]], Sample]] = {
     "alpaca": _alpaca, "sharegpt": _sharegpt, "messages": _messages, "completion": _completion, "text": _plain,
-    "labelled": _labelled, "tagged": _tagged,
+    "labelled": _labelled, "tagged": _tagged, "preference": _preference,
 }  # fmt: skip

@@ -48,13 +48,24 @@ class Form(Protocol):
         ...
 
 
-def form_of(forest: Forest) -> Form | None:
-    """The form that a model's examples have; None for a causal language model."""
+def form_of(forest: Forest, wanted: str = "text") -> Form | None:
+    """The form that examples have for a model and an objective's `form`; None for a causal language model that learns text.
+
+    FettleError where the model cannot see answers below their prompt.
+    """
     from fettle.data.labelled import Labelled
     from fettle.data.pairs import Pairs
+    from fettle.data.preference import Preference
     from fettle.data.tagged import Tagged
 
     config = forest.config
+    if wanted != "text":
+        if config.is_encoder_decoder or forest.sees_ahead:
+            raise FettleError(
+                f"objective: {type(forest.model).__name__} does not read from left to right, so answers cannot stand below one "
+                "prompt; preferences need a causal language model"
+            )
+        return Preference(wanted == "compared", forest.context)
     if config.is_encoder_decoder:
         return Pairs.of(forest.tokenizer, forest.context)
     if forest.task == "causal":

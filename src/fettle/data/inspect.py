@@ -13,6 +13,7 @@ import numpy as np
 from rich.text import Text
 
 from fettle.core.batch import Example, Node
+from fettle.data.preference import Preference
 from fettle.data.source import Corpus
 from fettle.data.template import Encoder
 
@@ -41,7 +42,8 @@ def problems(corpus: Corpus) -> list[str]:
         return found
     found += end_never_learned(examples, corpus.encoder) + pad_hides_end(examples, corpus.tokenizer)
     if corpus.template:
-        found += split_markers(corpus.encoder) + ([] if form else serving_differs(corpus.encoder))
+        served = form is None or isinstance(form, Preference)
+        found += split_markers(corpus.encoder) + (serving_differs(corpus.encoder) if served else [])
     return found
 
 
@@ -127,7 +129,7 @@ def serving_differs(encoder: Encoder) -> list[str]:
 
     for talk in (PROBE, PROBE[1:]):
         weights = tuple(float(m["role"] == "assistant") for m in talk)
-        (found,) = encoder.learning("assistant").encode([Sample(messages=talk, weights=weights)])
+        (found,) = encoder.plain().encode([Sample(messages=talk, weights=weights)])
         if isinstance(found, str) or not found or not found[-1].spans:
             continue
         served = encoder.ids(encoder.render(talk[:-1]))
@@ -163,9 +165,10 @@ def show(example: Example, tokenizer: Any) -> Text:
     text = Text()
     label = f"   labels {example.extra['labels'].tolist()}" if "labels" in example.extra else ""
     text.append(f"{example.name}{label}\n", style="bold")
+    said = _answers(example)
     for number, node in enumerate(example.nodes):
-        if number:
-            text.append(f"\n-- segment {number}, after segment {node.parent} --\n", style="bold")
+        if number or said:
+            text.append(f"{chr(10) if number else ''}-- {said.get(number, _place(number, node))} --\n", style="bold")
         for i, (piece, start, stop) in enumerate(token_texts(node.tokens.tolist(), tokenizer)):
             weight = float(node.weights[start:stop].max())
             style = (
@@ -173,6 +176,25 @@ def show(example: Example, tokenizer: Any) -> Text:
             )
             text.append(piece.replace("\n", "↵\n"), style=style)
     return text
+
+
+def _place(number: int, node: Node) -> str:
+    return f"segment {number}, after segment {node.parent}" if number else "segment 0"
+
+
+def _answers(example: Example) -> dict[int, str]:
+    """What the segments of a preference are, by number; nothing for other examples."""
+    if "ranks" not in example.extra:
+        return {}
+    ranks = [float(r) for r in example.extra["ranks"] if r > 0]
+    first = len(example.nodes) - len(ranks)
+    if len(ranks) == 1:
+        names = ["the prompt and its answer, " + ("desired" if ranks[0] == 1 else "not desired")]
+    elif len(ranks) == 2:
+        names = ["chosen", "rejected"]
+    else:
+        names = [f"answer of rank {rank:g}" for rank in ranks]
+    return {**({0: "prompt"} if first else {}), **{first + i: name for i, name in enumerate(names)}}
 
 
 def token_texts(tokens: Sequence[int], tokenizer: Any) -> list[tuple[str, int, int]]:

@@ -6,7 +6,7 @@ import atexit
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import orjson
 from rich.table import Table
+from torch import Tensor
 
 from fettle.core.batch import Batch, Example, pack
 from fettle.core.errors import FettleError
@@ -22,12 +23,14 @@ from fettle.data.build import encoded
 from fettle.data.forms import Form
 from fettle.data.mix import ROWS, epoch_order, shares
 from fettle.data.packing import Plan, plan
+from fettle.data.preference import Preference
 from fettle.data.spec import DataSpec
 from fettle.data.store import Store
 from fettle.data.template import Encoder
 from fettle.data.templates import Template
 from fettle.data.units import Units, whole, windows
 
+Beside = Callable[[np.ndarray, Batch], dict[str, Tensor]]  # from the units of a batch, and the batch
 KEPT_PLANS = 2  # the epoch that is read and the one before or after
 
 
@@ -48,6 +51,7 @@ class Counts:
     learned: int
     per_epoch: int  # examples an epoch takes
     share: float  # of an epoch's tokens
+    compared: str = ""  # of preferences: how many pairs, or answers
 
 
 @dataclass(frozen=True)
@@ -72,21 +76,29 @@ class Corpus:
         self._sizes = sizes
         self._bases = np.cumsum([0, *sizes])
         self._lengths = np.concatenate([s.units.lengths for s in self.sources])
+        self.beside: Beside | None = (
+            None  # what batches bring that is no property of the data, as a reference's figures
+        )
         self._plans: dict[int, Plan] = {}
         self._ends: list[int] = []  # batches up to and with each epoch planned so far
         self.counts = self._counted()
         self.notes = [note for s in self.sources for note in s.store.manifest["notes"]]
         self.notes += [
-            f"{c.source}: {c.too_long} rows are longer than {length} tokens and were left out (long: {s.spec.long})"
+            f"{c.source}: {c.too_long} rows are longer than {length} tokens{self._or_unseen()} and were left out (long: {s.spec.long})"
             for c, s in zip(self.counts, self.sources, strict=True) if c.too_long
         ]  # fmt: skip
         self.notes += [f"{c.source}: {c.cut} examples were cut to {length} tokens" for c in self.counts if c.cut]
+
+    def _or_unseen(self) -> str:
+        form = self.encoder.form
+        bound = form.bound if isinstance(form, Preference) else None
+        return f", or with one answer longer than the {bound} that the model sees," if bound is not None else ""
 
     def _counted(self) -> tuple[Counts, ...]:
         mean = [s.units.lengths.mean() if len(s.units) else 0.0 for s in self.sources]
         taken = [m * n for m, n in zip(mean, self.shares, strict=True)]
         return tuple(
-            _counts(s, n, float(t / max(sum(taken), 1e-9)))
+            _counts(s, n, float(t / max(sum(taken), 1e-9)), self.encoder.form)
             for s, n, t in zip(self.sources, self.shares, taken, strict=True)
         )
 
@@ -117,8 +129,19 @@ class Corpus:
 
     def batch(self, index: int) -> Batch:
         """Batch `index`, from 0, of the endless sequence of epochs."""
+        return self.laid_out(self.units(index))
+
+    def units(self, index: int) -> np.ndarray:
+        """The units of batch `index`, counted through all sources."""
         epoch, row = self.position(index)
-        return pack([self.example(int(u)) for u in self._plan(epoch).row(row)], self.length, self.pad)
+        return self._plan(epoch).row(row)
+
+    def laid_out(self, units: np.ndarray) -> Batch:
+        """A batch of some units."""
+        batch = pack([self.example(int(u)) for u in units], self.length, self.pad)
+        if self.beside is not None:
+            batch.extra |= self.beside(units, batch)
+        return batch
 
     def example(self, unit: int) -> Example:
         """One unit, counted through all sources."""
@@ -142,7 +165,7 @@ class Corpus:
         """A row filled with copies of the longest example: no other row of these examples needs much more memory."""
         longest = int(self._lengths.argmax())
         copies = self.length // int(self._lengths[longest]) if self.packing else 1
-        return pack([self.example(longest)] * copies, self.length, self.pad)
+        return self.laid_out(np.full(copies, longest))
 
     def fill(self, epoch: int = 0) -> float:
         """The share of an epoch's positions that hold a token."""
@@ -159,7 +182,7 @@ class Corpus:
         for head in ("source", "rows read", "kept", "set aside", "cut", "tokens", "learned", "share"):
             table.add_column(head, justify="left" if head == "source" else "right", overflow="fold")
         for c in self.counts:
-            made = " ".join(filter(None, (c.format, c.template and f"({c.template} template)")))
+            made = " ".join(filter(None, (c.format, c.template and f"({c.template} template)", c.compared)))
             numbers = (c.read, c.kept, c.set_aside, c.cut, c.tokens, c.learned)
             table.add_row(f"{c.source}\n{made}", *(f"{n:,}" for n in numbers), f"{c.share:.0%}")
         return table
@@ -223,7 +246,8 @@ def _source(spec: DataSpec, encoder: Encoder, length: int, cache: Path) -> Sourc
     texts = store.manifest["format"] == "text" and encoder.form is None
     if encoder.form is not None and encoder.form.longest is not None:
         length = min(length, encoder.form.longest)
-    units = windows(store, length) if texts else whole(store, length, spec.long)
+    unseen = encoder.form.unseen(store) if isinstance(encoder.form, Preference) else None
+    units = windows(store, length) if texts else whole(store, length, spec.long, unseen)
     if len(units.dropped):
         name = cache / f"{store.folder.name}.over-{length}.jsonl"
         reason = (
@@ -243,7 +267,7 @@ def _source(spec: DataSpec, encoder: Encoder, length: int, cache: Path) -> Sourc
     return Source(spec, store, units)
 
 
-def _counts(source: Source, per_epoch: int, share: float) -> Counts:
+def _counts(source: Source, per_epoch: int, share: float, form: Form | None) -> Counts:
     store, units, manifest = source.store, source.units, source.store.manifest
     kept = _rows(store, np.unique(units.example))
     too_long = manifest["kept"] - kept
@@ -255,6 +279,7 @@ def _counts(source: Source, per_epoch: int, share: float) -> Counts:
         source=source.spec.path, format=manifest["format"], template=manifest["template"], read=manifest["read"],
         kept=kept, set_aside=manifest["bad"] + too_long, too_long=too_long, cut=len(units.cut), examples=len(units),
         tokens=int(units.lengths.sum()), learned=learned, per_epoch=per_epoch, share=share,
+        compared=form.counted(store, units.example) if isinstance(form, Preference) else "",
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from fettle.core.spec import Spec
 
 Format = Literal[
-    "auto", "alpaca", "sharegpt", "messages", "completion", "text", "template", "labelled", "tagged"
+    "auto", "alpaca", "sharegpt", "messages", "completion", "text", "template", "labelled", "tagged", "preference"
 ]  # fmt: skip
 Learn = Literal["assistant", "last", "all"]
 Long = Literal["drop", "truncate", "error"]

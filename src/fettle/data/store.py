@@ -2,8 +2,9 @@
 
 A folder: tokens.bin (uint16 or int32, all examples end to end), and .npy arrays: offsets int64 [n + 1] into the tokens,
 spans int32 [m, 2] and span_weights float32 [m] of what is learned, span_offsets int64 [n + 1] into those, splits int32 [n]
-(where an example's second part begins, -1), labels float32 [l], label_offsets int64 [n + 1] into those, rows int64 [n]
-(the line an example comes from), files int32 [n], parts int32 [n] (which example of its row), learned int64 [n];
+(where an example's second part begins, -1), labels float32 [l], label_offsets int64 [n + 1] into those, answers int32 [a]
+(where the answers of a prompt begin), answer_offsets int64 [n + 1] into those, rows int64 [n] (the line an example comes
+from), files int32 [n], parts int32 [n] (which example of its row), learned int64 [n];
 set_aside.jsonl (the bad rows), and a manifest with counts and hashes.
 """
 
@@ -23,7 +24,8 @@ from fettle.core.files import MANIFEST, verify, write_json
 from fettle.data.template import Encoded, Span, weights_of
 
 ARRAYS = (
-    "offsets", "spans", "span_weights", "span_offsets", "splits", "labels", "label_offsets", "rows", "files", "parts", "learned",
+    "offsets", "spans", "span_weights", "span_offsets", "splits", "labels", "label_offsets", "answers", "answer_offsets",
+    "rows", "files", "parts", "learned",
 )  # fmt: skip
 ASIDE = "set_aside.jsonl"
 
@@ -40,6 +42,7 @@ class Writer:
         self.offsets, self.span_offsets = array("q", [0]), array("q", [0])
         self.spans, self.weights = array("i"), array("f")
         self.splits, self.labels, self.label_offsets = array("i"), array("f"), array("q", [0])
+        self.answers, self.answer_offsets = array("i"), array("q", [0])
         self.rows, self.files, self.parts, self.learned = array("q"), array("i"), array("i"), array("q")
 
     def add(self, where: str, examples: list[Encoded]) -> None:
@@ -56,6 +59,8 @@ class Writer:
             self.splits.append(example.split)
             self.labels.extend(example.labels)
             self.label_offsets.append(len(self.labels))
+            self.answers.extend(example.answers)
+            self.answer_offsets.append(len(self.answers))
             self.learned.append(example.learned)
             self.rows.append(int(line))
             self.files.append(number)
@@ -77,6 +82,7 @@ class Writer:
         columns: dict[str, array[Any]] = {
             "offsets": self.offsets, "spans": self.spans, "span_weights": self.weights, "span_offsets": self.span_offsets,
             "splits": self.splits, "labels": self.labels, "label_offsets": self.label_offsets,
+            "answers": self.answers, "answer_offsets": self.answer_offsets,
             "rows": self.rows, "files": self.files, "parts": self.parts, "learned": self.learned,
         }  # fmt: skip
         for name in ARRAYS:
@@ -101,6 +107,8 @@ class Store:
     splits: np.ndarray
     labels: np.ndarray
     label_offsets: np.ndarray
+    answers: np.ndarray
+    answer_offsets: np.ndarray
     rows: np.ndarray
     files: np.ndarray
     parts: np.ndarray
@@ -134,13 +142,17 @@ class Store:
 
     def encoded(self, index: int) -> Encoded:
         """An example as it was written."""
-        labels = self.labels[int(self.label_offsets[index]) : int(self.label_offsets[index + 1])]
         return Encoded(
             self.tokens_of(index),
             tuple(self.spans_of(index)),
             split=int(self.splits[index]),
-            labels=tuple(labels.tolist()),
+            labels=self.labels_of(index),
+            answers=tuple(self.answers[int(self.answer_offsets[index]) : int(self.answer_offsets[index + 1])].tolist()),
         )
+
+    def labels_of(self, index: int) -> tuple[float, ...]:
+        """An example's labels."""
+        return tuple(self.labels[int(self.label_offsets[index]) : int(self.label_offsets[index + 1])].tolist())
 
     def node(self, index: int, start: int = 0, stop: int | None = None) -> Node:
         """Tokens [start, stop) of an example, with their weights; the first is not learned."""

@@ -36,7 +36,8 @@ class Encoded:
     """Token ids of one example and the spans [start, stop) of them that are learned, each with its weight.
 
     `split` is where a second part begins (a target, a second text), -1 where there is none; `labels` are those of the
-    text (one span) or of its words (a span each).
+    text (one span) or of its words (a span each). Of a prompt with answers, `answers` is where each of them begins, and
+    `labels` are what is said of them (preference.py).
     """
 
     tokens: np.ndarray  # int32 [n]
@@ -44,11 +45,16 @@ class Encoded:
     name: str = ""  # '' for a row's only example, '#2' for what belongs to its second
     split: int = -1
     labels: tuple[float, ...] = ()
+    answers: tuple[int, ...] = ()
 
     @property
     def learned(self) -> int:
         """How many targets it has: tokens, or spans with a label."""
-        return len(self.spans) if self.labels else sum(stop - max(start, 1) for start, stop, _ in self.spans)
+        return (
+            len(self.spans)
+            if self.labels and not self.answers
+            else sum(stop - max(start, 1) for start, stop, _ in self.spans)
+        )
 
     @property
     def node(self) -> Node:
@@ -109,6 +115,12 @@ class Encoder:
         """The same encoder, learning something else."""
         other = copy(self)
         other.learn = learn
+        return other
+
+    def plain(self) -> Encoder:
+        """The same encoder for a causal language model, which learns what assistants say."""
+        other = copy(self)
+        other.form, other.learn = None, "assistant"
         return other
 
     def identity(self) -> list[Any]:

@@ -40,17 +40,20 @@ def windows(store: Store, length: int) -> Units:
     return Units(example, start, np.minimum(start + length, sizes[example]), none, none)
 
 
-def whole(store: Store, length: int, policy: str) -> Units:
-    """Examples as they are; those longer than `length` dropped, cut at their end, or refused."""
+def whole(store: Store, length: int, policy: str, unseen: np.ndarray | None = None) -> Units:
+    """Examples as they are; those longer than `length` dropped, cut at their end, or refused.
+
+    `unseen` bool [n] are examples that count as too long besides, since no cut lets the model see all of them.
+    """
     sizes = store.lengths
-    over = np.flatnonzero(sizes > length)
+    over = np.flatnonzero((sizes > length) if unseen is None else (sizes > length) | unseen)
     if len(over) and policy == "error":
         raise FettleError(
             f"{store.name(int(over[0]))}: {sizes[over[0]]} tokens are more than a row of {length}; {len(over)} of {len(sizes)} "
             "examples are; raise batch.tokens, or say long: drop or long: truncate"
         )
     if policy == "drop":
-        keep, cut, dropped = np.flatnonzero(sizes <= length), over[:0], over
+        keep, cut, dropped = np.setdiff1d(np.arange(len(sizes)), over), over[:0], over
     else:
         lost = np.array([i for i in over if not _learns(store, int(i), length)], dtype=np.int64)
         keep, cut, dropped = np.setdiff1d(np.arange(len(sizes)), lost), np.setdiff1d(over, lost), lost

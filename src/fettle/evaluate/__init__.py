@@ -4,6 +4,7 @@ from fettle.core.spec import one_of
 from fettle.evaluate.labels import Labels as Labels
 from fettle.evaluate.labels import Tags as Tags
 from fettle.evaluate.perplexity import Perplexity as Perplexity
+from fettle.evaluate.preference import Preferences as Preferences
 from fettle.evaluate.results import Results as Results
 from fettle.evaluate.results import compare as compare
 from fettle.evaluate.run import evaluate as evaluate

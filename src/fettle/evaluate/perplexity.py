@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, model_validator
 
 from fettle.core import FettleError
-from fettle.core.batch import Example, Node, pack
+from fettle.core.batch import Batch, Example, Node, pack
 from fettle.evaluate.interval import Score, ratio_interval
 from fettle.evaluate.tasks import Evaluation, sampled
 
@@ -115,10 +115,11 @@ def tokenized(forest: Forest, documents: Sequence[str], join: str) -> list[list[
     return [[*bos, *joined]]
 
 
-def perplexity(
-    forest: Forest, spec: Perplexity, progress: Callable[..., None] | None = None
-) -> tuple[Score, dict[str, Any]]:
-    """(perplexity with its interval over windows, what was measured and how)."""
+def windows_of(forest: Forest, spec: Perplexity) -> tuple[list[Window], dict[str, Any]]:
+    """The windows of a text, and what they are: context, stride, join, documents, windows, tokens, bytes.
+
+    FettleError where the model cannot see so much, or where there is nothing to score.
+    """
     bound = forest.context
     context = spec.context or min(bound or DEFAULT, DEFAULT)
     if bound and context > bound:
@@ -132,21 +133,30 @@ def perplexity(
     rows = [w for stream in tokenized(forest, documents, spec.join) for w in windows(stream, context, stride)]
     if not rows:
         raise FettleError(f"{spec.path}: not one token to score")
+    about = {
+        "context": context, "stride": stride, "join": spec.join, "documents": len(documents), "windows": len(rows),
+        "tokens": sum(w.scored for w in rows), "bytes": sum(len(d.encode()) for d in documents),
+    }  # fmt: skip
+    return rows, about
+
+
+def window_batch(window: Window, length: int, pad: int) -> Batch:
+    """One window as a batch of `length` tokens, which learns what it scores."""
+    weights = np.zeros(len(window.tokens), np.float32)
+    weights[-window.scored :] = 1
+    return pack([Example((Node(np.array(window.tokens, np.int32), weights),), "window")], length, pad)
+
+
+def perplexity(
+    forest: Forest, spec: Perplexity, progress: Callable[..., None] | None = None
+) -> tuple[Score, dict[str, Any]]:
+    """(perplexity with its interval over windows, what was measured and how)."""
+    rows, about = windows_of(forest, spec)
     sums = window_losses(forest, rows, progress)
     counts = [w.scored for w in rows]
     nats = ratio_interval(sums, counts, spec.seed)
-    size = sum(len(d.encode()) for d in documents)
-    about = {
-        "context": context,
-        "stride": stride,
-        "join": spec.join,
-        "documents": len(documents),
-        "windows": len(rows),
-        "tokens": sum(counts),
-        "bytes": size,
-        "nats": math.fsum(sums),
-        "bits_per_byte": math.fsum(sums) / math.log(2) / size,
-    }
+    total, size = math.fsum(sums), about["bytes"]
+    about |= {"nats": total, "bits_per_byte": total / math.log(2) / size}
     low, high = (None if edge is None else math.exp(edge) for edge in (nats.low, nats.high))
     return Score(math.exp(nats.mean), low, high, nats.n), about
 
@@ -163,9 +173,7 @@ def window_losses(forest: Forest, rows: Sequence[Window], progress: Callable[...
     sums = []
     try:
         for window in rows:
-            weights = np.zeros(len(window.tokens), np.float32)
-            weights[-window.scored :] = 1
-            batch = pack([Example((Node(np.array(window.tokens, np.int32), weights),), "window")], length, pad)
+            batch = window_batch(window, length, pad)
             sums.append(-forest.logps(batch.to(forest.device)).double().sum().item())
             if progress:
                 progress(1)

@@ -14,6 +14,7 @@ from fettle.core.files import sha256
 from fettle.evaluate.labels import Labels, Tags, columns_of, score_tags, score_texts
 from fettle.evaluate.likelihood import Question, from_tokens, likelihoods, question
 from fettle.evaluate.perplexity import Perplexity, perplexity
+from fettle.evaluate.preference import Preferences, holds_preferences, score_preferences
 from fettle.evaluate.results import Result, Results, Row
 from fettle.evaluate.tasks import Evaluation, Item, TaskFile
 from fettle.generate.prompts import Prompter, prompter
@@ -71,6 +72,8 @@ def _one(forest: Forest, spec: Evaluation, advance: Callable[..., None]) -> Resu
             return score_texts(forest, spec, advance)
         case Tags():
             return score_tags(forest, spec, advance)
+        case Preferences():
+            return score_preferences(forest, spec, advance)
     raise FettleError(f"{spec.path}: no way to run an evaluation of kind {type(spec).__name__}")
 
 
@@ -163,8 +166,8 @@ def _chosen(
 
 
 def find(paths: Sequence[str], *, seed: int = 0, shots: int = 0, limit: int | None = None) -> list[Evaluation]:
-    """What `fettle eval` runs: task files (*.jsonl), labelled texts or words (*.jsonl, by their columns) and texts for
-    perplexity (*.txt), given singly or as folders of them."""
+    """What `fettle eval` runs: task files (*.jsonl), labelled texts or words and preferences (*.jsonl, by their columns) and
+    texts for perplexity (*.txt), given singly or as folders of them."""
     found: list[Evaluation] = []
     for name in paths:
         path = Path(name)
@@ -174,6 +177,8 @@ def find(paths: Sequence[str], *, seed: int = 0, shots: int = 0, limit: int | No
         for file in files:
             if file.suffix == ".txt":
                 found.append(Perplexity(path=str(file), seed=seed))
+            elif holds_preferences(file):
+                found.append(Preferences(path=str(file), seed=seed, limit=limit))
             elif kind := columns_of(file):
                 found.append(kind(path=str(file), seed=seed, limit=limit))
             else:

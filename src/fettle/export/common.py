@@ -20,6 +20,8 @@ from fettle.generate.prompts import prompter
 from fettle.generate.sample import end_tokens
 from fettle.models.load import base_hash, folder_of
 from fettle.models.weight import is_adapter
+from fettle.quantize.checkpoint import unpacked
+from fettle.quantize.linear import quantized
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -33,9 +35,28 @@ def merged(
     Weights are summed in float32 and rounded once, to what each was in the model, or to `dtype`. FettleError where an edit
     cannot be merged, or where the sum is another model.
     """
-    kinds = {_plain(n): t.dtype for n, t in chain(forest.model.named_parameters(), forest.model.named_buffers())}
-    model = copy.deepcopy(forest.model)
+    refuse_rounded_inputs(forest.model)
+    model = folded(forest, edits)
+    reference.agree(plain_logits(model, reference.probes), reference.adapted, "export: merging the edits")
+    finish(model, forest, dtype)
+    return model, wide_logits(model, reference.probes)
+
+
+def refuse_rounded_inputs(model: nn.Module) -> None:
+    """FettleError where a layer rounds its activations, which weights alone cannot say."""
+    for name, layer in quantized(model).items():
+        if layer.activations is not None:
+            form = "compressed-tensors" if layer.activations.outliers is None else "bitsandbytes"
+            raise FettleError(
+                f"export: {name} rounds its activations, which a file of weights cannot say; use --to {form}"
+            )
+
+
+def folded(forest: Forest, edits: Sequence[Edit]) -> Any:
+    """A copy of the model, in float32, with every edit folded into plain weights. FettleError where one cannot be."""
+    model: Any = copy.deepcopy(forest.model)
     widen(model)
+    unpacked(model)
     for edit in edits:  # the first edit lies innermost
         edit.merge(model)
     left = [name for name, module in model.named_modules() if is_adapter(module)]
@@ -43,17 +64,24 @@ def merged(
         raise FettleError(
             f"export: {left[0]} still has an adapter after merging; the list of edits lacks the one that put it there"
         )
-    model.requires_grad_(False).eval()
-    reference.agree(plain_logits(model, reference.probes), reference.adapted, "export: merging the edits")
+    return model.requires_grad_(False).eval()
+
+
+def finish(model: Any, forest: Forest, dtype: torch.dtype | None = None) -> None:
+    """Bring weights back to what each was in the forest's model, or to `dtype`, and say so in the configuration.
+
+    Codes and scales of packed layers are left as they are.
+    """
+    held = {f"{n}.{k}" for n, layer in quantized(model).items() for k, _ in layer.named_buffers() if k != "like"}
+    kinds = {_plain(n): t.dtype for n, t in chain(forest.model.named_parameters(), forest.model.named_buffers())}
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         was = kinds.get(name, forest.model.dtype)
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and name not in held:
             tensor.data = tensor.data.to(dtype if dtype is not None and was == forest.model.dtype else was)
-    model.config.dtype = model.dtype  # type: ignore[union-attr]
+    model.config.dtype = model.dtype
     ends = sorted(end_tokens(forest))
     if getattr(model, "generation_config", None) is not None and ends:
-        model.generation_config.eos_token_id = ends  # type: ignore[union-attr]
-    return model, wide_logits(model, reference.probes)
+        model.generation_config.eos_token_id = ends
 
 
 def _plain(name: str) -> str:
@@ -73,11 +101,12 @@ def save_tokenizer(forest: Forest, folder: Path) -> None:
 
 
 def write_manifest(
-    folder: Path, form: str, forest: Forest, edits: Sequence[Edit], parity: Parity, costs: dict[str, Any] | None = None
-) -> None:
+    folder: Path, form: str, forest: Forest, edits: Sequence[Edit], parity: Parity, costs: dict[str, Any] | None = None,
+    **more: Any,
+) -> None:  # fmt: skip
     """What was exported, from what, and how exactly; the hashes of the files are added on sealing.
 
-    `costs`: what quantizing the export again would cost, where the base was quantized.
+    `costs`: what quantizing the export again would cost, where the base was quantized. `more`: what the format has to say.
     """
     spec = forest.spec
     base: dict[str, Any] = {"path": spec.path, "revision": spec.revision}
@@ -89,4 +118,4 @@ def write_manifest(
     }  # fmt: skip
     if costs:
         manifest["requantizing"] = costs
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest | more)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fettle.core import FettleError
+from fettle.core.terminal import shown as shown
 from fettle.generate.memory import Memory
 from fettle.generate.prompts import prompter
 from fettle.generate.sample import Sampling, stream
@@ -150,11 +151,6 @@ def _beside(talks: Sequence[Talk], line: str, console: Console) -> None:
             texts = [text + shown(piece) for text, piece in zip(texts, pieces, strict=True)]
             live.update(columns())
     console.print()
-
-
-def shown(text: str) -> str:
-    """Text without control characters, with which a model could take hold of the terminal."""
-    return "".join(c for c in text if c in "\n\t\u200d" or c.isprintable() or c.isspace() and c > "\x9f")
 
 
 def _lines(source: TextIO, console: Console) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .alignment import write_alignment
 from .corpus import write_corpus
 from .rows import write_rows
 from .tasks import TRAINED, UNSEEN, evaluation, instruction
@@ -41,6 +42,7 @@ def write_lab(
     instructions: int = 10_000,
     heldout: int = 500,
     each: int = 20,
+    preferences: int = 6_000,
 ) -> dict[str, int]:
     """Write everything the lab trains and measures on into `folder`; return the number of rows of each file.
 
@@ -49,12 +51,13 @@ def write_lab(
         instructions: rows of ``instructions.jsonl``.
         heldout: rows of ``heldout.jsonl``, instructions of trained families about items never trained on, for the loss.
         each: items a family in ``tasks/trained.jsonl``, ``tasks/wordings.jsonl`` and ``tasks/heldout.jsonl``.
+        preferences: rows of each file that models are aligned by, see alignment.py.
     """
     folder, world = Path(folder), World.build(seed)
     written = {"corpus": write_corpus(folder / "corpus.jsonl", world, seed, documents)} if documents else {}
     written["instructions"] = write_instructions(folder / "instructions.jsonl", world, seed, instructions)
     rows = (instruction(world, seed + HELD_OUT_SEED, index, evaluated=True) for index in range(heldout))
     written["heldout"] = write_rows(folder / "heldout.jsonl", rows)
-    return written | {
-        f"tasks/{name}": count for name, count in write_tasks(folder / "tasks", world, seed, each).items()
-    }
+    written |= {f"tasks/{name}": count for name, count in write_tasks(folder / "tasks", world, seed, each).items()}
+    aligned = write_alignment(folder / "alignment", world, seed, preferences)
+    return written | {f"alignment/{name}": count for name, count in aligned.items()}

@@ -2,7 +2,8 @@
 
 While `Forest.hidden` runs, the mask function of transformers returns the batch's `Plan` instead of a mask; it travels
 through the layers (and through gradient checkpointing) in the place of the mask and tells the attention function who
-sees whom. Outside of a forest batch, as in generation, the same names behave as 'sdpa'.
+sees whom. Generation attends by a `Step`, which keeps keys and values itself (generate/engine.py). Outside of both, the
+same names behave as 'sdpa'.
 
 Shapes: T tokens, H query heads, K key heads, D head size. Tensors arrive as [1, H or K, T, D].
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,46 @@ from fettle.models.gpu import attend_flex, attend_varlen
 from fettle.models.plan import Plan
 from fettle.models.segments import attend
 
+CACHE = "fettle_cache"  # on a layer: a module (key, value) -> (key, value), what its cache would hand back
+
+
+class Step(Protocol):
+    """One pass over tokens whose keys and values somebody keeps: it attends for every layer, by itself."""
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # fmt: skip
+        """[B, T, H, E] from query [B, H, T, D], key [B, K, T, D] and value [B, K, T, E] of one layer."""
+        ...
+
+
 _current: ContextVar[Plan | None] = ContextVar("fettle_plan", default=None)
+_step: ContextVar[Step | None] = ContextVar("fettle_step", default=None)
+Keeper = Callable[[nn.Module, Tensor, Tensor, int | None], None]
+_keeper: ContextVar[Keeper | None] = ContextVar("fettle_keeper", default=None)
 Backend = Callable[..., Tensor]
 BACKENDS: dict[str, Backend] = {}
+
+
+@contextmanager
+def keeping(keeper: Keeper) -> Iterator[None]:
+    """Within it, `keeper` gets each attention module's keys and values [1, K, T, D] of a forest batch, unrounded, and its window."""
+    token = _keeper.set(keeper)
+    try:
+        yield
+    finally:
+        _keeper.reset(token)
+
+
+@contextmanager
+def stepping(step: Step) -> Iterator[None]:
+    """Within it, every layer of a model whose attention is one of ours attends by `step`, whatever its mask."""
+    token = _step.set(step)
+    try:
+        yield
+    finally:
+        _step.reset(token)
 
 
 @contextmanager
@@ -58,17 +96,26 @@ def backend(name: str) -> Callable[[Backend], Backend]:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, dropout: float = 0.0,
             scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None, **other: Any,
         ) -> tuple[Tensor, None]:  # fmt: skip
-            if not isinstance(attention_mask, Plan):
-                if softcap is not None:
-                    return _capped(query, key, value, attention_mask, scaling, softcap), None
-                return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **other)
-            refuse_unknown(module, other)
-            if attention_mask.states is not None:
-                key, value = with_states(module, key, value, attention_mask.states)
-            chosen = BACKENDS["dense"] if dropout else function
+            cache, plan = getattr(module, CACHE, None), attention_mask
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            if isinstance(plan, Plan) and plan.states is not None:
+                key, value = with_states(module, key, value, plan.states)
+            if (step := _step.get()) is not None:  # its own cache rounds what it holds
+                refuse_unknown(module, other)
+                return step.attend(module, query, key, value, scale, sliding_window, softcap), None
+            made = key, value
+            if cache is not None:
+                key, value = cache(key, value)
+            if not isinstance(plan, Plan):
+                if softcap is not None:
+                    return _capped(query, key, value, plan, scaling, softcap), None
+                return sdpa_attention_forward(module, query, key, value, plan, dropout, scaling, **other)
+            refuse_unknown(module, other)
+            if (keeper := _keeper.get()) is not None:
+                keeper(module, *made, sliding_window)
+            chosen = BACKENDS["dense"] if dropout else function
             extra = {"dropout": dropout} if dropout else {}
-            out = chosen(query, key, value, attention_mask, scale, sliding_window, softcap, **extra)
+            out = chosen(query, key, value, plan, scale, sliding_window, softcap, **extra)
             return out.transpose(1, 2).contiguous(), None
 
         BACKENDS[name] = function

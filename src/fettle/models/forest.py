@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from fettle.core.batch import IGNORE, Batch, with_prefix
 from fettle.core.errors import FettleError
-from fettle.models import attention, prompt, words
+from fettle.models import attention, prompt, roles, words
 from fettle.models.encdec import halves, hidden_of_pairs, output_scale, start_token
 from fettle.models.head import Head
 from fettle.models.paths import hidden_by_paths
@@ -135,6 +137,15 @@ class Forest:
 
     def _body(self, **inputs: Tensor) -> Tensor:
         return self.model.base_model(**inputs, use_cache=False).last_hidden_state
+
+    @contextmanager
+    def reference(self) -> Iterator[Forest]:
+        """Within it this is the model from before this stage: what trains is off, without gradients and dropout.
+
+        FettleError where what trains cannot be switched off.
+        """
+        with roles.reference(self.model):
+            yield self
 
     def logps(self, batch: Batch) -> Tensor:
         """float32 [N]: log-probabilities of the learned targets, in the order of their positions."""

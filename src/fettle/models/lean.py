@@ -12,6 +12,7 @@ M tokens, C width, I width inside.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,9 +22,15 @@ from torch.func import functional_call
 
 from fettle.models.blocks import EPSILON, is_norm
 from fettle.models.surgery import replace
+from fettle.models.weight import in_out
 
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # as Llama names them, and whoever copied it
-FLAVOURS = (0.0, False), (1.0, True), (0.0, True), (1.0, False)  # of norms: offset and wide; Llama's first, Gemma's next
+FLAVOURS = (
+    (0.0, False),
+    (1.0, True),
+    (0.0, True),
+    (1.0, False),
+)  # of norms: offset and wide; Llama's first, Gemma's next
 
 
 class Again:
@@ -200,9 +207,10 @@ def _same_norm(module: nn.Module, make: Callable[[nn.Module], RMSNorm]) -> bool:
 
 @torch.no_grad()
 def _same_mlp(module: nn.Module) -> bool:
-    held = next(module.gate_proj.parameters())  # type: ignore[operator, union-attr]
+    gate: Any = module.gate_proj
+    held = next(chain(gate.parameters(), gate.buffers()))  # a quantized layer has no parameters
     draw = torch.Generator(held.device).manual_seed(0)
-    x = torch.randn(8, held.shape[1], generator=draw, device=held.device).to(held.dtype)
+    x = torch.randn(8, in_out(gate)[0], generator=draw, device=held.device).to(held.dtype)
     training = module.training
     try:
         return all(torch.equal(module.train(mode)(x), GatedMLP(module)(x)) for mode in (True, False))

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fettle.core.batch import Batch, Segment, ancestors, visible
 
-TILE = 256  # most query rows of a tile
-SCORES = 1 << 22  # most scores of one head in one bucket
+TILE = 128  # query rows of a tile that sees few keys; of one that sees many, twice as many
+SCORES = 1 << 18  # scores of one head in one bucket, about: all heads of it then fit a core's share of the cache
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Bucket:
-    """N tiles of one padded shape (N, L, S).
+    """N tiles of one padded shape (N, L, S), for each of H query heads and K key heads.
 
-    `queries` int64 [N*L] and `keys` int64 [N*S] say which tokens to gather; a tile that is smaller repeats its first
-    query and key, so that nothing of another document comes near it. `spare` lists the rows of `queries` that only
-    fill up. `bias` [N or 1, 1, L, S] is -inf where a key is not seen, else 0.
+    `queries` int64 [N*H*L] and `keys` int64 [N*K*S] are rows of tables [T*H, D] and [T*K, D]; a tile that is smaller
+    repeats its first query and key, so that nothing of another document comes near it. `spare` lists those of `queries`
+    that only fill up. `bias` [N or 1, 1, L, B] is of the last B columns: -inf where a key is not seen, else 0; all rows see
+    all columns before.
     """
 
     shape: tuple[int, int, int]
@@ -52,16 +53,24 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """All buckets of a row.
+class Bags:
+    """Which rows of one table are summed to a row of another: for its row i those in `rows` from `starts[i]` on, or none."""
 
-    `back` int64 [T]: the row of each token among the queries of all buckets in order; one past the last for padding.
-    `key_back` the same among the keys, where each token is a key of one tile only; None where some are keys of several.
-    """
+    rows: Tensor  # int64
+    starts: Tensor  # int64
+
+    def sum(self, x: Tensor) -> Tensor:
+        """[len(starts), D] from x [.., D], summed in float32 or wider."""
+        return nn.functional.embedding_bag(self.rows, x, self.starts, mode="sum")
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """All buckets of a row, and the way back: to a token's heads from all queries and from all keys of the buckets in order."""
 
     buckets: tuple[Bucket, ...]
-    back: Tensor
-    key_back: Tensor | None
+    of_queries: Bags
+    of_keys: Bags
 
 
 class Plan:
@@ -112,32 +121,28 @@ class Plan:
 
         return self.keep(("mask", window, device), build)
 
-    def tiling(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Tiling:
-        """The row cut into tiles, gathered into buckets of few shapes."""
+    def tiling(self, window: int | None, heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tiling:
+        """The row cut into tiles, gathered into buckets of few shapes; `heads` of queries and of keys."""
         if window is not None and int(self.positions.max()) < window:
             window = None
-        return self.keep(("tiling", window, dtype, device), lambda: self._tiling(window, dtype, device))
+        return self.keep(("tiling", window, heads, dtype, device), lambda: self._tiling(window, heads, dtype, device))
 
-    def _tiling(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Tiling:
+    def _tiling(self, window: int | None, heads: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tiling:
         shapes: dict[tuple[int, int], list[Tile]] = {}
         for tile in self._tiles(window):
-            shapes.setdefault((rounded(tile.rows), rounded(len(tile.keys))), []).append(tile)
-        buckets: list[Bucket] = []
-        back, key_back = np.full(self.length, -1), np.full(self.length, -1)
-        row = column = uses = 0
+            shapes.setdefault((_fitted(tile.rows), _fitted(len(tile.keys))), []).append(tile)
+        groups: list[tuple[np.ndarray, np.ndarray, Tensor]] = []
         for (rows, columns), tiles in sorted(shapes.items()):
             most = max(1, SCORES // (rows * columns))
             for group in (tiles[i : i + most] for i in range(0, len(tiles), most)):
-                for i, tile in enumerate(group):
-                    back[tile.start : tile.start + tile.rows] = row + i * rows + np.arange(tile.rows)
-                    key_back[tile.keys] = column + i * columns + np.arange(len(tile.keys))
-                    uses += len(tile.keys)
-                buckets.append(_bucket(group, rows, columns, window, dtype, device))
-                row, column = row + len(group) * rows, column + len(group) * columns
-        once = uses == int((key_back >= 0).sum())
-        back[back < 0], key_back[key_back < 0] = row, column
-        rows_of, columns_of = torch.from_numpy(back).to(device), torch.from_numpy(key_back).to(device)
-        return Tiling(tuple(buckets), rows_of, columns_of if once else None)
+                queries = _filled([np.arange(t.start, t.start + t.rows) for t in group], rows)
+                bias = _bias(group, rows, columns, window, dtype, device)
+                groups.append((queries, _filled([t.keys for t in group], columns), bias))
+        return Tiling(
+            tuple(_bucket(*group, heads, device) for group in groups),
+            _bags([queries for queries, _, _ in groups], self.length, heads[0], device),
+            _bags([keys for _, keys, _ in groups], self.length, heads[1], device),
+        )
 
     def _tiles(self, window: int | None) -> list[Tile]:
         tiles = []
@@ -147,12 +152,14 @@ class Plan:
             path = [self.segments[i] for i in ancestors(self.segments, index)]
             keys = np.concatenate([np.arange(s.start, s.stop) for s in path])
             above = len(keys) - (segment.stop - segment.start)
-            for start in range(segment.start, segment.stop, TILE):
-                rows = min(TILE, segment.stop - start)
+            start = segment.start
+            while start < segment.stop:
                 at = above + start - segment.start
+                rows = _height(at, segment.stop - start)
                 first = 0 if window is None else max(0, at - window + 1)
                 last = at + rows if segment.causal else len(keys)
                 tiles.append(Tile(start, rows, keys[first:last], first, at, segment.causal))
+                start += rows
         return tiles
 
 
@@ -163,35 +170,83 @@ def rounded(n: int, bound: int | None = None) -> int:
     return up if bound is None else max(n, min(up, bound))
 
 
+def _height(at: int, left: int) -> int:
+    """Rows of a tile, of `left` ones, that begins at key `at`: a causal one wastes half of its own square, a low one its gathers."""
+    most = TILE if at < 4 * TILE else 2 * TILE
+    return left if left <= 1.25 * most else most
+
+
+def _fitted(n: int) -> int:
+    """Little is added: soon a new shape costs the matrix library less than columns that nobody sees."""
+    return -(-n // 32) * 32
+
+
+def _filled(rows: list[np.ndarray], width: int) -> np.ndarray:
+    """int64 [N, width]: each row, with -1 behind it."""
+    table = np.full((len(rows), width), -1)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table
+
+
 def _bucket(
-    tiles: list[Tile], rows: int, columns: int, window: int | None, dtype: torch.dtype, device: torch.device
+    queries: np.ndarray, keys: np.ndarray, bias: Tensor, heads: tuple[int, int], device: torch.device
 ) -> Bucket:
-    queries, keys = np.empty((len(tiles), rows), np.int64), np.empty((len(tiles), columns), np.int64)
-    for i, tile in enumerate(tiles):
-        queries[i], keys[i] = tile.start, tile.keys[0]
-        queries[i, : tile.rows] += np.arange(tile.rows)
-        keys[i, : len(tile.keys)] = tile.keys
-    spare = np.arange(rows)[None, :] >= np.array([t.rows for t in tiles])[:, None]
+    """Of tokens [N, L] and [N, S], -1 for none."""
+
+    def of_heads(tokens: np.ndarray, many: int) -> Tensor:
+        tokens = np.where(tokens < 0, tokens[:, :1], tokens)[:, None]
+        return torch.from_numpy((tokens * many + np.arange(many)[:, None]).ravel()).to(device)
+
+    (n, rows), columns = queries.shape, keys.shape[1]
+    spare = torch.from_numpy(np.flatnonzero(np.repeat(queries[:, None] < 0, heads[0], 1))).to(device)
+    return Bucket((n, rows, columns), of_heads(queries, heads[0]), of_heads(keys, heads[1]), spare, bias)
+
+
+def _bags(tables: list[np.ndarray], length: int, heads: int, device: torch.device) -> Bags:
+    """For each head of each token, row by row [T*heads], where it stands in tables [N, heads, W] of tokens [N, W], one after another."""
+    token, first, step = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    begin = 0
+    for table in tables:
+        n, width = table.shape
+        real = table >= 0
+        row = begin + np.arange(n)[:, None] * heads * width + np.arange(width)
+        token, first, step = [*token, table[real]], [*first, row[real]], [*step, np.full(real.sum(), width)]
+        begin += table.size * heads
+    tokens = np.concatenate(token)
+    order = np.argsort(tokens, kind="stable")
+    tokens, firsts, steps = tokens[order], np.concatenate(first)[order], np.concatenate(step)[order]
+    counts = np.bincount(tokens, minlength=length)
+    before = np.cumsum(counts) - counts
+    head = np.arange(heads)[:, None]
+    rows = np.empty(heads * len(tokens), np.int64)
+    number = np.arange(len(tokens)) - before[tokens]  # of a use among those of its token
+    rows[heads * before[tokens] + head * counts[tokens] + number] = firsts + head * steps
+    starts = (heads * before + head * counts).T.ravel()
+    return Bags(torch.from_numpy(rows).to(device), torch.from_numpy(starts).to(device))
+
+
+def _bias(
+    tiles: list[Tile], rows: int, columns: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[N or 1, 1, L, B]."""
     if window is None and all(t.causal and t.at == 0 for t in tiles):
         seen = torch.ones(1, rows, columns, dtype=torch.bool, device=device).tril()  # one for all tiles
     else:
-        seen = torch.from_numpy(_seen(tiles, rows, columns, window)).to(device)
-    bias = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
-    put = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
-    return Bucket(
-        (len(tiles), rows, columns), put(queries.ravel()), put(keys.ravel()), put(np.flatnonzero(spare)), bias[:, None]
-    )
+        clear = 0 if window is not None else min(t.at if t.causal else len(t.keys) for t in tiles)
+        seen = torch.from_numpy(_seen(tiles, rows, columns, clear, window)).to(device)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)[:, None]
 
 
-def _seen(tiles: list[Tile], rows: int, columns: int, window: int | None) -> np.ndarray:
-    """bool [N, L, S]. Rows that only fill up see the first key, so that no row of a softmax is empty."""
+def _seen(tiles: list[Tile], rows: int, columns: int, clear: int, window: int | None) -> np.ndarray:
+    """bool [N, L, S - clear] of the columns from `clear` on. Rows that only fill up see all, so that no row of a softmax is empty."""
 
     def each(values: list[int] | list[bool]) -> np.ndarray:
         return np.array(values)[:, None, None]
 
-    row, column = np.arange(rows)[None, :, None], np.arange(columns)[None, None, :]
+    row, column = np.arange(rows)[None, :, None], np.arange(clear, columns)[None, None, :]
     query, key = each([t.at for t in tiles]) + row, each([t.first for t in tiles]) + column
     seen = ((key <= query) | ~each([t.causal for t in tiles])) & (column < each([len(t.keys) for t in tiles]))
     if window is not None:
         seen &= query - key < window
-    return seen | ((row >= each([t.rows for t in tiles])) & (column == 0))
+    return seen | (row >= each([t.rows for t in tiles]))

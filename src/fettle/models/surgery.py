@@ -70,11 +70,29 @@ def is_trained(parameter: Any) -> bool:
     return getattr(parameter, _TRAINED, False)
 
 
+def change(module: nn.Module, edit: Edit) -> None:
+    """Remember that an edit changed a module's own weights, so that what is made of them is no function of the base alone."""
+    if not any(e is edit for e in changed_by(module)):
+        module.changed_by = (*changed_by(module), edit)  # type: ignore[assignment]
+
+
+def changed_by(module: nn.Module) -> tuple[Edit, ...]:
+    """The edits that changed a module's own weights."""
+    return getattr(module, "changed_by", ())
+
+
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` is, in training or evaluation mode as that was."""
     module.train(model.get_submodule(name).training)
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
+
+
+def beneath(name: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """Where an update of a layer's weight goes: around the layer, but under what must see the weight as it then is."""
+    while getattr(module, "outermost", False):
+        name, module = f"{name}.base", module.base  # type: ignore[assignment]
+    return name, module
 
 
 def untie(model: nn.Module, module: nn.Module) -> None:

@@ -75,6 +75,21 @@ def read_weight(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, (Conv1D, nn.Embedding)) else weight  # type: ignore[operator, return-value]
 
 
+def live_weight(module: nn.Module) -> Tensor:
+    """The weight [out, in] that a layer computes with now, with the gradient of what trains: its own, plus what LoRAs add.
+
+    FettleError where something around the layer is more than a change of its weight.
+    """
+    if is_adapter(module):
+        own = getattr(module, "live_weight", None)
+        if own is None:
+            raise FettleError(
+                f"{type(module).__name__} around it is more than a change of its weight; put this edit before that one"
+            )
+        return own()  # type: ignore[no-any-return]
+    return read_weight(module)
+
+
 @torch.no_grad()
 def write_weight(module: nn.Module, tensor: Tensor) -> None:
     """Store a weight [out, in], rounded to the dtype of the layer."""

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.models.select import linears
-from fettle.models.surgery import made_by, replace, untie
-from fettle.models.weight import in_out, place, read_weight, write_weight
+from fettle.models.surgery import beneath, made_by, replace, untie
+from fettle.models.weight import in_out, live_weight, place, read_weight, write_weight
 from fettle.peft.lora import low_rank
 
 TRIPLET = ("a", "b", "values")
@@ -103,6 +103,15 @@ class AdaLoRALinear(nn.Module):
         a, b = self.factors()
         return (b @ a) * self.scale
 
+    def live_weight(self) -> Tensor:
+        """The weight [N, K] of the plain layer that computes the same, with the gradients of what trains."""
+        if self.training and self.edit.dropout:
+            raise FettleError(
+                "adalora: dropout has no place in a weight that is rounded as a whole; set its dropout to 0"
+            )
+        under = live_weight(self.base)
+        return under.to(self.a.dtype) + self.delta() if self.enabled else under
+
     def track(self, betas: tuple[float, float]) -> None:
         """Take this step's gradients into the importance of every number."""
         for name in TRIPLET:
@@ -148,6 +157,7 @@ class AdaLoRA(Edit):
     def apply(self, model: nn.Module) -> None:
         """Wrap the targets. FettleError where one matches nothing or is smaller than the rank."""
         for name, base in linears(model, self.targets).items():
+            name, base = beneath(name, base)
             if self.rank > min(in_out(base)):
                 raise FettleError(
                     f"adalora: rank {self.rank} is over the size of {name} {in_out(base)}; choose a smaller rank"

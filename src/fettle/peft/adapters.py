@@ -11,7 +11,7 @@ Shapes: M tokens, K in, N out, G adapters, r the largest rank (smaller ones have
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from fettle.core.batch import Batch
 from fettle.core.errors import FettleError
 from fettle.core.spec import nearest
-from fettle.models import prompt
 from fettle.models.forest import Forest
+from fettle.models.routing import Route, Routes
 from fettle.models.select import linears
 from fettle.models.surgery import replace
 from fettle.models.weight import in_out
@@ -77,7 +77,7 @@ class Choice:
     """What is on at the moment: one blend for all tokens, or an adapter for each."""
 
     blend: dict[int, float] = field(default_factory=dict)
-    tiles: Callable[[torch.Size, torch.device], Tiles] | None = None
+    tiles: Route[Tiles] | None = None
 
 
 class SwitchedLinear(nn.Module):
@@ -122,6 +122,7 @@ class Adapters:
     def __init__(self, forest: Forest, adapters: Mapping[str, Updates]) -> None:
         """FettleError where an adapter belongs to another base, or adapts an embedding or the head."""
         self.forest, self.names, self.choice = forest, tuple(adapters), Choice()
+        self.routes = Routes(forest, self.names, Tiles.of, "adapters")
         every = linears(forest.model)
         self.layers: tuple[str, ...] = tuple(dict.fromkeys(n for updates in adapters.values() for n in updates))
         for name in self.layers:
@@ -150,59 +151,20 @@ class Adapters:
         """One adapter for every token, a blend {name: weight}, or none."""
         wanted = {} if names is None else {names: 1.0} if isinstance(names, str) else names
         self.choice.tiles = None
-        self.choice.blend = {self._index(name): float(w) for name, w in wanted.items()}
+        self.choice.blend = {self.routes.index(name): float(w) for name, w in wanted.items()}
 
     def route(self, batch: Batch, names: Sequence[str | None]) -> None:
         """An adapter, or none, for each segment of a forest batch, until the next choice.
 
         A segment's ancestors keep their own: give a whole path one adapter where it should be as if alone.
         """
-        front = prompt.active(self.forest.model)
-        if front is not None and front.heads is None:
-            raise FettleError(
-                "adapters: the rows of a soft prompt stand once before all texts of a batch, so they cannot have the adapter of "
-                "each; use one adapter at a time, or route_rows with plain batches"
-            )
-        if self.forest.backend == "paths":
-            raise FettleError(
-                f"adapters: {type(self.forest.model).__name__} runs a batch path by path, so tokens cannot be told apart "
-                "in it; use one adapter at a time"
-            )
-        if len(names) != len(batch.segments):
-            raise FettleError(f"adapters: {len(names)} names for {len(batch.segments)} segments; give one for each")
-        ahead = 0 if front is None else front.length  # the places of a deep prompt, whose states no layer computes
-        owners = np.full(ahead + len(batch.tokens), -1)
-        for segment, name in zip(batch.segments, names, strict=True):
-            owners[ahead + segment.start : ahead + segment.stop] = -1 if name is None else self._index(name)
-        self._route(lambda shape: owners)
+        self.choice.tiles = self.routes.by_segment(batch, names)
 
     def route_rows(self, names: Sequence[str | None]) -> None:
         """An adapter, or none, for each row of plain batches [rows, length], as in generation, until the next choice."""
-        rows = np.array([-1 if name is None else self._index(name) for name in names])
-        self._route(lambda shape: np.repeat(rows, shape[1]) if len(shape) == 2 and shape[0] == len(rows) else rows[:0])
+        self.choice.tiles = self.routes.by_row(names)
 
     def close(self) -> None:
         """Take the adapters off; the model is the base again."""
         for name in self.layers:
             replace(self.forest.model, name, self.forest.model.get_submodule(name).base)  # type: ignore[arg-type]
-
-    def _route(self, owners: Callable[[torch.Size], np.ndarray]) -> None:
-        kept: dict[tuple[torch.Size, torch.device], Tiles] = {}
-
-        def tiles(shape: torch.Size, device: torch.device) -> Tiles:
-            if (shape, device) not in kept:
-                of = owners(shape)
-                if len(of) != shape.numel():
-                    raise FettleError(
-                        f"adapters: a layer sees {tuple(shape)} tokens, which are not those of the batch that was routed; "
-                        "route every batch, and use one adapter at a time for layers that see a part of it (experts)"
-                    )
-                kept[shape, device] = Tiles.of(of, device)
-            return kept[shape, device]
-
-        self.choice.tiles = tiles
-
-    def _index(self, name: str) -> int:
-        if name not in self.names:
-            raise FettleError(f"adapters: there is none called '{name}'; {nearest(name, self.names)}")
-        return self.names.index(name)

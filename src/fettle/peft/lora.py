@@ -29,6 +29,7 @@ from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.models.lean import Again, again
 from fettle.models.select import adaptable, matches
+from fettle.models.still import derived
 from fettle.models.surgery import beneath, made_by, replace, untie
 from fettle.models.weight import (
     in_out,
@@ -48,8 +49,10 @@ T = TypeVar("T")
 
 def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """y + s B A dropout(x): y [.., N], x [.., K]; A [r, K] and B [N, r] in float32 or wider."""
-    seed = int(torch.randint(2**62, ())) if dropout else 0
     rows = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+    if not dropout and not torch.is_grad_enabled():  # as a token is generated: the same two products and nothing around
+        return torch.addmm(rows[0], rows[1] @ a.to(x.dtype).T, b.to(x.dtype).T, alpha=scale).view_as(y)
+    seed = int(torch.randint(2**62, ())) if dropout else 0
     flat = LowRank.apply(*rows, a, b, scale, dropout, seed, again(x))
     return flat.view_as(y)
 
@@ -69,7 +72,15 @@ class LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float, seed: int, source: Again | None
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout: float,
+        seed: int,
+        source: Again | None,
     ) -> Tensor:
         """y [M, N], x [M, K] -> [M, N] in their type; `source` tells how x is computed again."""
         mask = dropout_mask(x, dropout, seed)
@@ -137,14 +148,15 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        a, b = self.factors()
         if is_embedding(self.base):
+            a, b = self.factors()
             z = looked_up(y, x, a, b, self.scale * getattr(innermost(self.base), "embed_scale", 1.0))
         else:
-            z = low_rank(y, x, a, b, self.scale, self.edit.dropout if self.training else 0.0)
+            z = low_rank(y, x, *self._acting(x.dtype), self.scale, self.edit.dropout if self.training else 0.0)
         if self.magnitude is None:
             return z
-        return rescale(z, getattr(self.base, "bias", None), self.magnitude, self._norms(a, b))
+        norms = derived((self, "norms"), lambda: self._norms(*self.factors()))
+        return rescale(z, getattr(self.base, "bias", None), self.magnitude, norms)
 
     @property
     def weight(self) -> Tensor:
@@ -156,6 +168,12 @@ class LoRALinear(nn.Module):
         if self.edit.init != "pissa":
             return self.a, self.b
         return without_start(self.a, self.b, self.a0, self.b0)
+
+    def _acting(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B; without gradients in the type that they act in, rounded once while weights are still."""
+        if torch.is_grad_enabled():
+            return self.factors()
+        return derived((self, dtype), lambda: tuple(factor.to(dtype) for factor in self.factors()))  # type: ignore[return-value]
 
     def delta(self) -> Tensor:
         """s B A, [N, K] in float32 or wider."""
@@ -170,7 +188,9 @@ class LoRALinear(nn.Module):
     def live_weight(self) -> Tensor:
         """The same with the gradients of what trains, whatever is under it; what is under it while this is off."""
         if self.training and self.edit.dropout:
-            raise FettleError("lora: dropout has no place in a weight that is rounded as a whole; set lora's dropout to 0")
+            raise FettleError(
+                "lora: dropout has no place in a weight that is rounded as a whole; set lora's dropout to 0"
+            )
         under = live_weight(self.base)
         return self._on(under) if self.enabled else under
 

@@ -87,6 +87,11 @@ class NewTokens(Edit):
     init: Literal["pieces", "mean"] = "pieces"
     special: bool = Field(default=False, description="tokens of control, left out where text is read for people")
 
+    @property
+    def detachable(self) -> bool:
+        """False: texts hold ids that the model would not know."""
+        return False
+
     def apply(self, model: nn.Module) -> None:
         """Grow the tokenizer that the model was loaded with, if any, and the model's embedding and head.
 

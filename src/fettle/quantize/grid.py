@@ -19,7 +19,7 @@ Shapes: n values, L values a group, G groups, b bits. Codes are uint8; arithmeti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Literal
@@ -143,18 +143,26 @@ def split(x: Tensor, length: int) -> list[Tensor]:
 
 def fit(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     """Scale and zero of each group, the scale rounded to what it is stored in."""
+    if grid.symmetric and grid.range == "minmax":
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return _spread(x.abs().amax(1, keepdim=True).to(wide), grid), None
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     if grid.range == "percentile":
         low, high = _percentile(x, grid)
-    best = affine(low, high, grid)
     if grid.range != "mse":
-        return best
-    least = _error(x, *best, grid)
+        return affine(low, high, grid)
+    return search(low, high, grid, lambda scale, zero: errors(x, scale, zero, grid).sum(1, keepdim=True))
+
+
+def search(low: Tensor, high: Tensor, grid: Grid, error: Callable[..., Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero of the part of [low, high] with the least error; all [G, 1], as `error(scale, zero)` is."""
+    best = affine(low, high, grid)
+    least = error(*best)
     for i in range(1, RATIOS):
         tried = affine(low * (1 - i / 80), high * (1 - i / 80), grid)
-        error = _error(x, *tried, grid)
-        better = error < least
-        least = torch.where(better, error, least)
+        found = error(*tried)
+        better = found < least
+        least = torch.where(better, found, least)
         zero = None if best[1] is None or tried[1] is None else torch.where(better, tried[1], best[1])
         best = torch.where(better, tried[0], best[0]), zero
     return best
@@ -170,8 +178,9 @@ def _percentile(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return x.kthvalue(length + 1 - rank, 1, keepdim=True).values, x.kthvalue(rank, 1, keepdim=True).values
 
 
-def _error(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
-    return (decode(encode(x, scale, zero, grid), scale, zero, grid) - x).square_().sum(1, keepdim=True)
+def errors(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+    """The squared error of each value."""
+    return (snapped(x, scale, zero, grid) - x).square_()
 
 
 def affine(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
@@ -182,14 +191,19 @@ def affine(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None
     wide = torch.promote_types(low.dtype, torch.float32)
     low, high = low.to(wide), high.to(wide)
     if grid.symmetric:
-        half = {"int": 2 ** (grid.bits - 1) - (1.0 if grid.narrow else 0.5)}.get(grid.levels, 1.0)
-        return (torch.maximum(low.abs(), high.abs()) / half).to(grid.scale_dtype).to(wide), None
+        return _spread(torch.maximum(low.abs(), high.abs()), grid), None
     low, high = low.clamp_max(0), high.clamp_min(0)
     most = 2.0**grid.bits - 1
     scale = ((high - low) / (most if grid.levels == "int" else 2.0)).to(grid.scale_dtype).to(wide)
     if grid.levels == "int":
         return scale, (-low / _divisor(scale)).round_().clamp_(0, most)
     return scale, (-(high + low) / 2 / _divisor(scale)).to(grid.scale_dtype).to(wide)
+
+
+def _spread(most: Tensor, grid: Grid) -> Tensor:
+    """The scale of a symmetric grid that reaches +-most."""
+    half = {"int": 2 ** (grid.bits - 1) - (1.0 if grid.narrow else 0.5)}.get(grid.levels, 1.0)
+    return (most / half).to(grid.scale_dtype).to(most.dtype)
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
@@ -212,6 +226,17 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Ten
     units = levels(grid).to(codes.device, wide)[codes.int()]
     units = units if zero is None else units.sub_(zero.to(wide))
     return units.mul_(scale.to(wide))
+
+
+def snapped(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+    """The nearest value of the grid: `decode` of `encode`, bit for bit, of integers without the codes in between."""
+    if grid.levels != "int":
+        return decode(encode(x, scale, zero, grid), scale, zero, grid)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    middle = 2.0 ** (grid.bits - 1) if zero is None else zero.to(wide)
+    units = (x.to(wide) / _divisor(scale.to(wide))).round_().add_(middle)
+    units = units.clamp_(float(grid.narrow), 2.0**grid.bits - 1).sub_(middle)
+    return units.to(torch.promote_types(scale.dtype, torch.float32)).mul_(scale)
 
 
 def _divisor(scale: Tensor) -> Tensor:

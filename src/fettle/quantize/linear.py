@@ -1,19 +1,20 @@
 """A linear layer whose weight is held quantized, and putting it in the place of plain ones.
 
-    y = x W' + b,   W = s (l[q] - z)  [N, K], made when it is needed and let go of at once
+    y = x W' + b,   W = s (l[q] - z)  [N, K], multiplied packed where a kernel can, else made and let go of at once
 
-The forward pass dequantizes into the type of x; the backward pass dequantizes again. Neither keeps W, so that what a layer
-holds is its packed codes and scales. models/weight.py reads it like any other layer, and every edit wraps it as such.
+With `activations` x is rounded too, see activations.py; kernels.py says what multiplies. The backward pass makes W anew and
+keeps none, so that what a layer holds is its packed codes and scales. models/weight.py reads it like any other layer, and every
+edit wraps it as such.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
@@ -21,26 +22,34 @@ from transformers.pytorch_utils import Conv1D
 from fettle.core.errors import FettleError
 from fettle.models.allocator import release
 from fettle.models.select import linears
-from fettle.models.surgery import is_trained, replace
+from fettle.models.surgery import changed_by, is_trained, replace
 from fettle.models.weight import in_out, is_adapter, is_quantized, read_weight
+from fettle.quantize.activations import Activations, Range, range_tensors, reached
+from fettle.quantize.kernels import FORMS, Held, fitting, kernel_for, pick, product, tensors
 from fettle.quantize.loftq import LoftQ
 from fettle.quantize.packed import Quantized
 
+_ARRANGING = threading.RLock()  # two threads that both generate first change the form once
+
 
 class _Linear(torch.autograd.Function):
-    """x W' + b for a frozen, packed W; keeps no tensor but those of W that the layer holds anyway."""
+    """A layer's product for a frozen, packed W; keeps no tensor of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Quantized) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Tensor:
         """x [.., K] -> [.., N]."""
-        ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
-        return F.linear(x, weight.values(x.dtype), None if bias is None else bias.to(x.dtype))
+        ctx.layer, ctx.bias_dtype = layer, None if bias is None else bias.dtype
+        clips = layer.activations is not None and layer.activations.clips and ctx.needs_input_grad[0]
+        ctx.save_for_backward(reached(x, layer.activations, layer.held_range) if clips else None)  # type: ignore[arg-type]
+        return layer.product(x, learning=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x and of the bias."""
-        grad_x = grad @ ctx.weight.values(grad.dtype) if ctx.needs_input_grad[0] else None
+        """Gradients of x, where it was not clipped, and of the bias."""
+        (mask,) = ctx.saved_tensors
+        grad_x = grad @ ctx.layer.values(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = grad_x if mask is None or grad_x is None else grad_x.mul_(mask)
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None
 
@@ -50,26 +59,62 @@ class QuantizedLinear(nn.Module):
 
     like: Tensor
     bias: nn.Parameter | None
+    held: Held  # the weight: its portable form, or a kernel's
 
     def __init__(
-        self, base: nn.Module, packed: Quantized, edit: WeightQuantizer, residual: tuple[Tensor, Tensor] | None = None
+        self,
+        base: nn.Module,
+        packed: Quantized,
+        edit: WeightQuantizer,
+        residual: tuple[Tensor, Tensor] | None = None,
+        activations: Activations | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_out(base)
         self.quantizer, self.transposed = edit, isinstance(base, Conv1D)
+        self.changed_by = changed_by(base)
+        self.own = bool(self.changed_by)  # whether its codes are no function of the base alone
         there = read_weight(base)
         # Empty: it says which type the layer has, on which device, and follows the model where that changes.
         self.register_buffer("like", there.new_empty(0), persistent=False)
         self.register_parameter("bias", base.bias)  # type: ignore[arg-type]
-        self._layout = packed.holding({name: torch.empty(0) for name in packed.tensors()})
-        for name, tensor in packed.tensors().items():
-            self.register_buffer(name, tensor)
+        self._hold(packed)
         self.residual = residual  # B [N, r] and A [r, K] that LoftQ leaves to a LoRA
+        self.activations, self._ranged = activations, False
+        self.fits = fitting(packed, activations)  # the kernels that may multiply; none: always plainly
+        if activations is not None and activations.static:  # NaN until a range is found
+            self.register_buffer("x_scale", torch.full((), torch.nan, device=there.device))
+            self.register_buffer("x_zero", None if activations.symmetric else torch.zeros((), device=there.device))
 
     @property
     def packed(self) -> Quantized:
-        """The weight as it is held."""
-        return self._layout.holding({name: getattr(self, name) for name in self._layout.tensors()})
+        """The weight in its portable form, which the layer holds from here on, until a kernel wants its own."""
+        with _ARRANGING:
+            if not isinstance(self.held, Quantized):
+                with torch.no_grad(), torch.inference_mode(False):
+                    self._hold(self.held.restored())
+        return self.held  # type: ignore[return-value]
+
+    @property
+    def bits(self) -> float:
+        """Effective bits a weight, in the portable form: what an artifact or an export would hold."""
+        return self.held.bits
+
+    def _hold(self, held: Held) -> None:
+        """Hold a form of the weight, in place of the one before."""
+        for name in tensors(self.held) if "held" in self.__dict__ else ():
+            del self._buffers[name]
+        for name, tensor in tensors(held).items():
+            self.register_buffer(name, tensor)
+        self.held = held
+
+    def _arranged(self, kernel: str) -> Held:
+        """The form that a kernel reads, which the layer holds from here on."""
+        with _ARRANGING:
+            if isinstance(self.held, Quantized):
+                with torch.no_grad(), torch.inference_mode(False):
+                    self._hold(FORMS[kernel].of(self.held))
+            return self.held
 
     @property
     def weight(self) -> Tensor:
@@ -78,11 +123,53 @@ class QuantizedLinear(nn.Module):
 
     def dequantized(self) -> Tensor:
         """[N, K] in the type of the plain layer."""
-        return self.packed.values(self.like.dtype)
+        return self.held.values(self.like.dtype)
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """[N, K], rounded once to `dtype`."""
+        return self.held.values(dtype)
+
+    @property
+    def held_range(self) -> Range | None:
+        """Scale and zero of the input, scalars, where they are static; NaN until `hold_range`."""
+        return (self.x_scale, self.x_zero) if self.activations is not None and self.activations.static else None  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def hold_range(self, scale: Tensor, zero: Tensor | None = None) -> None:
+        """Set the range of a static input: of one element each, as `activations.ranges` or an observer finds them."""
+        self.x_scale.copy_(scale.view(()))  # type: ignore[operator]
+        if zero is not None:
+            self.x_zero.copy_(zero.view(()))  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [.., K] -> [.., N]."""
-        return _Linear.apply(x, self.bias, self.packed)  # type: ignore[no-any-return]
+        """x [.., K] -> [.., N]. FettleError where the range of a static input was never set."""
+        if torch.is_grad_enabled() and (x.requires_grad or self.bias is not None and self.bias.requires_grad):
+            return _Linear.apply(x, self.bias, self)  # type: ignore[no-any-return]
+        return self.product(x)
+
+    def product(self, x: Tensor, learning: bool = False) -> Tensor:
+        """The same without a gradient; `learning`: the backward pass will make W again, which is fastest from the portable form."""
+        kernel, range = kernel_for(self.fits, x), self.held_range
+        held = self.held  # what another thread puts in its place does not concern this call
+        if kernel != "plain" and isinstance(held, Quantized):
+            held = self._arranged(kernel)
+        elif kernel == "plain" and learning:
+            held = self.packed
+        if range is not None and not self._ranged:
+            self._require_range()
+        return product(kernel, held, x, self.bias, self.activations, range)
+
+    def kernel(self, rows: int = 1) -> str:
+        """What multiplies so many rows in the model's type, see kernels.py: 'int8', 'int4', 'w8a8' or 'plain'."""
+        return pick(self.fits, rows, self.like.dtype, self.like.device.type)
+
+    def _require_range(self) -> None:
+        if type(self.x_scale) is Tensor and bool(self.x_scale.isnan()):
+            raise FettleError(
+                f"activations: static: the input of a layer of {self.out_features} x {self.in_features} has no range yet; "
+                "find one on calibration text, or leave static out"
+            )
+        self._ranged = True
 
     def dense(self) -> nn.Module:
         """The plain layer that computes the same."""
@@ -97,17 +184,24 @@ class QuantizedLinear(nn.Module):
         return layer
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        """Follow the model to a device; scales keep their type when the model changes its own."""
+        """Follow the model to a device, in the portable form; scales keep their type when the model changes its own."""
+        self.packed  # noqa: B018
 
         def moved(tensor: Tensor) -> Tensor:
             return fn(tensor) if tensor.numel() == 0 or isinstance(tensor, nn.Parameter) else _moved(tensor, fn)
 
         super()._apply(moved, recurse)
+        self.held = self.packed.holding(self._buffers)  # type: ignore[arg-type]
         return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """In the portable form."""
+        self.packed  # noqa: B018
+        super()._save_to_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """As nn.Linear's, with the bits."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.packed.bits:.3f}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits:.3f}"
 
 
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -124,29 +218,36 @@ class WeightQuantizer(Protocol):
     def targets(self) -> str | tuple[str, ...]: ...
     @property
     def loftq(self) -> LoftQ | None: ...
+    @property
+    def activations(self) -> Activations | None: ...
     def quantize(self, weight: Tensor) -> Quantized: ...
 
 
 @torch.no_grad()
-def quantize_linears(model: nn.Module, edit: WeightQuantizer) -> None:
+def quantize_linears(model: nn.Module, edit: WeightQuantizer, skip: Collection[str] = ()) -> None:
     """Replace plain linear layers by quantized ones, one after the other: a dense weight goes before the next is read.
 
-    FettleError where a target matches nothing, is quantized already, carries an adapter, or cannot be quantized.
+    Those whose codes are among `skip` are quantized already, by this edit. FettleError where a target matches nothing, is
+    quantized already, carries an adapter, or cannot be quantized.
     """
-    for name in list(linears(model, edit.targets)):  # names only: the dictionary would keep every dense layer alive
+    names = [
+        n for n in linears(model, edit.targets) if f"{n}.codes" not in skip
+    ]  # a dictionary would keep dense layers
+    for name in names:
         base = model.get_submodule(name)
-        _refuse(base, name, edit.kind)
+        refuse(base, name, edit.kind)
         try:
             weight = read_weight(base)
             packed, residual = edit.loftq.start(weight, edit.quantize) if edit.loftq else (edit.quantize(weight), None)
         except FettleError as error:
             raise FettleError(f"edits: {edit.kind}: {name}: {error}") from None
-        replace(model, name, QuantizedLinear(base, packed, edit, residual))
+        replace(model, name, QuantizedLinear(base, packed, edit, residual, edit.activations))
         del base, weight
     release()
 
 
-def _refuse(base: nn.Module, name: str, kind: str) -> None:
+def refuse(base: nn.Module, name: str, kind: str) -> None:
+    """FettleError where a quantizer may not take a layer: it is quantized, wrapped, trained, or more than a linear layer."""
     if is_adapter(base):
         raise FettleError(f"edits: {kind} comes after an edit that wraps {name}; put {kind} before it in the list")
     if is_quantized(base):
@@ -164,6 +265,21 @@ def _refuse(base: nn.Module, name: str, kind: str) -> None:
         )
 
 
+@torch.no_grad()
+def outline_linears(
+    model: nn.Module, edit: WeightQuantizer, names: Collection[str], blank: Callable[[Tensor], Quantized]
+) -> None:
+    """Lay `blank(weight)` in the places of the layers whose codes are among `names`, the tensors of an artifact."""
+    for name in [n.removesuffix(".codes") for n in names if n.endswith(".codes")]:
+        base = model.get_submodule(name)
+        refuse(base, name, edit.kind)
+        layer = QuantizedLinear(base, blank(read_weight(base)), edit, None, edit.activations)
+        layer.own = True
+        replace(model, name, layer)
+        del base
+    release()
+
+
 def dequantize_linears(model: nn.Module, edit: WeightQuantizer) -> None:
     """Put plain layers, in the model's type, in the places that an edit quantized."""
     for name in list(quantized(model, edit)):
@@ -179,11 +295,16 @@ def quantized(model: nn.Module, edit: WeightQuantizer | None = None) -> dict[str
     }
 
 
-def kept(model: nn.Module, edit: WeightQuantizer) -> dict[str, Tensor]:
-    """What an artifact must keep of a quantizer: nothing where it is a function of the base alone, else packed weights."""
-    if edit.loftq is None:
-        return {}
-    return {f"{n}.{k}": t for n, layer in quantized(model, edit).items() for k, t in layer.packed.tensors().items()}
+def kept(model: nn.Module, edit: WeightQuantizer, always: bool = False) -> dict[str, Tensor]:
+    """What an artifact must keep of a quantizer: static ranges, and packed weights where they are no function of the base alone.
+
+    They are none (`always`) of a method that looks at more, and where an edit before it scaled the weight.
+    """
+    found: dict[str, Tensor] = {}
+    for name, layer in quantized(model, edit).items():
+        held = layer.packed.tensors() if always or edit.loftq is not None or layer.own else {}
+        found |= {f"{name}.{key}": tensor for key, tensor in (held | range_tensors(layer.held_range)).items()}
+    return found
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -194,8 +315,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
     layers = quantized(model)
     if not layers:
         return {}
-    count = sum(layer.packed.count for layer in layers.values())
-    size = sum(layer.packed.bits * layer.packed.count for layer in layers.values()) / 8
+    counts = {name: layer.in_features * layer.out_features for name, layer in layers.items()}
+    count = sum(counts.values())
+    size = sum(layer.bits * counts[name] for name, layer in layers.items()) / 8
     dense: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and not parameter.requires_grad:

@@ -12,16 +12,19 @@ Quantizing is a function of the base alone, so an artifact keeps nothing of it; 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Collection
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from fettle.core.families import Edit
+from fettle.quantize.activations import Activations
+from fettle.quantize.calibrate import round_blocks
 from fettle.quantize.grid import Grid
-from fettle.quantize.linear import dequantize_linears, kept, quantize_linears
+from fettle.quantize.linear import dequantize_linears, kept, outline_linears, quantize_linears
 from fettle.quantize.loftq import LoftQ
-from fettle.quantize.packed import Quantized, quantize
+from fettle.quantize.packed import Quantized, blank, quantize
 
 SCALES = Grid(levels="dynamic", bits=8, group=256)
 
@@ -34,6 +37,7 @@ class NF4(Edit):
     targets: str | tuple[str, ...] = "all-linear"
     block: int = Field(default=64, ge=2, description="weights that share a scale")
     double: bool = Field(default=True, description="quantize the scales too, to 8 bits")
+    activations: Activations | None = Field(default=None, description="round what the layers are given, too")
     loftq: LoftQ | None = Field(
         default=None, description="quantize beside a low-rank residual, for `lora` with init: loftq"
     )
@@ -45,6 +49,19 @@ class NF4(Edit):
     def apply(self, model: nn.Module) -> None:
         """Replace the targets, layer by layer. FettleError where one cannot be quantized."""
         quantize_linears(model, self)
+
+    def calibrate(self, model: nn.Module, calibration: Any) -> None:
+        """The same in a walk over text: static ranges of activations, and what rounding does to every layer's output."""
+        round_blocks(model, self, calibration)
+
+    def outline(self, model: nn.Module, names: Collection[str] | None = None) -> None:
+        """Quantize again what an artifact keeps no codes of; with LoftQ all of it, since the LoRA needs the residual."""
+        stored = names if names and self.loftq is None else ()
+        scales = SCALES if self.double else None
+        outline_linears(
+            model, self, stored, lambda w: blank(tuple(w.shape), _grid(self.block), scales, across_rows=True, device=w.device)
+        )  # fmt: skip
+        quantize_linears(model, self, skip=stored)
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Nothing, or with LoftQ the packed weights."""
@@ -61,5 +78,8 @@ class NF4(Edit):
 
 def nf4(weight: Tensor, block: int = 64, double: bool = True) -> Quantized:
     """A weight of any shape in NF4."""
-    grid = Grid(levels="normal", bits=4, group=block)
-    return quantize(weight, grid, SCALES if double else None, across_rows=True)
+    return quantize(weight, _grid(block), SCALES if double else None, across_rows=True)
+
+
+def _grid(block: int) -> Grid:
+    return Grid(levels="normal", bits=4, group=block)

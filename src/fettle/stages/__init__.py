@@ -6,4 +6,5 @@ from fettle.stages.pipeline import Pipeline as Pipeline
 from fettle.stages.pipeline import load_recipe as load_recipe
 from fettle.stages.pipeline import run as run
 from fettle.stages.pipeline import schema as schema
+from fettle.stages.quantize import Quantize as Quantize
 from fettle.stages.tune import Recipe as Recipe

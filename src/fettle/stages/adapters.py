@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors import safe_open
 
 from fettle.core.errors import FettleError
 from fettle.models.forest import Forest
@@ -11,7 +15,7 @@ from fettle.models.load import load
 from fettle.peft import AdaLoRA, LoRA
 from fettle.peft.adapters import Adapters
 from fettle.peft.combine import unwrap, updates_of
-from fettle.stages.artifact import TENSORS, Adaptation, apply_edits, fill, find_artifact, read_artifact
+from fettle.stages.artifact import TENSORS, Adaptation, fill, find_artifact, outline_edits, read_artifact
 
 
 def open_adapters(refs: Mapping[str, str], **changes: Any) -> tuple[Forest, Adapters]:
@@ -36,17 +40,16 @@ def open_adapters(refs: Mapping[str, str], **changes: Any) -> tuple[Forest, Adap
                 f"{made[first].model.path} {_said(made[first])}; open them apart"
             )
     forest = load(made[first].model)
-    apply_edits(forest, _shared(made[first]))
-    for edit in _shared(made[first]):
-        if edit.tensors(forest.model):
-            raise FettleError(
-                f"adapters: the artifacts hold a '{edit.kind}' with tensors of its own, which cannot be switched; merge it"
-            )
+    outline_edits(forest, made[first].edits, folders[first] / TENSORS, only=_is_shared)
     found = {}
     for name, other in made.items():
-        loras = [edit for edit in other.edits if isinstance(edit, LoRA | AdaLoRA)]
+        loras = [edit for edit in other.edits if not _is_shared(edit)]
         for edit in loras:
             edit.apply(forest.model)
+        if name != first and (odd := _differing(forest, other.edits, folders[name] / TENSORS)):
+            raise FettleError(
+                f"adapters: '{name}' and '{first}' have not one base: '{odd}' of their quantized base differs; open them apart"
+            )
         fill(forest, other.edits, folders[name] / TENSORS)
         found[name] = updates_of(forest.model)
         unwrap(forest.model, loras)
@@ -54,8 +57,22 @@ def open_adapters(refs: Mapping[str, str], **changes: Any) -> tuple[Forest, Adap
     return forest, Adapters(forest, found)
 
 
+def _is_shared(edit: Any) -> bool:
+    return not isinstance(edit, LoRA | AdaLoRA)
+
+
 def _shared(made: Adaptation) -> list[Any]:
-    return [edit for edit in made.edits if not isinstance(edit, LoRA | AdaLoRA)]
+    return [edit for edit in made.edits if _is_shared(edit)]
+
+
+def _differing(forest: Forest, edits: Sequence[Any], file: Path) -> str | None:
+    """A tensor of the shared edits that an artifact has otherwise than the model."""
+    with safe_open(file, "pt") as stored:
+        for i, edit in enumerate(edits):
+            for name, tensor in edit.tensors(forest.model).items() if _is_shared(edit) else ():
+                if not torch.equal(stored.get_tensor(f"{i}/{name}"), tensor.cpu()):
+                    return name
+    return None
 
 
 def _said(made: Adaptation) -> str:

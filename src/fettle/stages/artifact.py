@@ -7,7 +7,9 @@ tokenizer.json ...  the tokenizer, with its chat template
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +51,42 @@ def apply_edits(forest: Forest, edits: Sequence[Edit], seed: int = 0) -> Forest:
     return forest
 
 
+def outline_edits(
+    forest: Forest, edits: Sequence[Edit], file: Path | None = None, only: Callable[[Edit], bool] = lambda _: True
+) -> Forest:
+    """`apply_edits` without what only data can tell; `file` holds the tensors that are to fill it in, where there are any."""
+    forest.model.requires_grad_(False)
+    names = stored_names(file) if file else {}
+    for i, edit in enumerate(edits):
+        if only(edit):
+            with naming(i, edit), drawing(forest, 0, i):
+                edit.outline(forest.model, names.get(i, frozenset()) if file else None)
+    return forest
+
+
+def stored_names(file: Path) -> dict[int, frozenset[str]]:
+    """The names of an artifact's tensors by edit, as they were before later edits wrapped what they belong to."""
+    found: dict[int, set[str]] = {}
+    with safe_open(file, "pt") as stored:
+        for key in stored.keys():
+            place, _, name = key.partition("/")
+            found.setdefault(int(place), set()).add(re.sub(r"\.base(?=\.)", "", name))
+    return {place: frozenset(names) for place, names in found.items()}
+
+
 def add_edit(forest: Forest, edit: Edit, seed: int, place: int) -> None:
     """Apply one more edit, the `place`-th of the model."""
+    with drawing(forest, seed, place):
+        edit.apply(forest.model)
+
+
+@contextmanager
+def drawing(forest: Forest, seed: int, place: int) -> Iterator[None]:
+    """Within it, random numbers are those of `seed` and the `place`-th edit; outside, as if none had been drawn."""
     devices = [forest.device] if forest.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int(np.random.SeedSequence([seed, place]).generate_state(1)[0]))
-        edit.apply(forest.model)
+        yield
 
 
 def is_artifact(folder: Path) -> bool:
@@ -95,11 +127,14 @@ def read_artifact(folder: Path, **changes: Any) -> Adaptation:
     return made.model_copy(update={"model": spec})
 
 
-def open_artifact(folder: Path, **changes: Any) -> tuple[Forest, tuple[Edit, ...]]:
-    """The model of an artifact and its edits; `changes` as in `read_artifact`. FettleError also where tensors do not fit."""
+def open_artifact(folder: Path, base: Forest | None = None, **changes: Any) -> tuple[Forest, tuple[Edit, ...]]:
+    """The model of an artifact and its edits; `changes` as in `read_artifact`. FettleError also where tensors do not fit.
+
+    `base` is its base where that is loaded already, and becomes the artifact's model.
+    """
     made = read_artifact(folder, **changes)
-    forest = load(made.model)
-    apply_edits(forest, made.edits)
+    forest = base or load(made.model)
+    outline_edits(forest, made.edits, folder / TENSORS)
     if (folder / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 

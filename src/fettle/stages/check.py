@@ -8,10 +8,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rich.console import Console, ConsoleRenderable, Group
 from rich.table import Table
@@ -51,7 +51,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     step_seconds: float | None = None
     held_out_seconds: float = 0.0  # what the run's held-out losses take in all
-    corpus: Corpus | None = None
+    corpus: Any = None  # whatever has a table()
 
     @property
     def ok(self) -> bool:
@@ -80,6 +80,20 @@ class Report:
 
 def preflight(name: str, forest: Forest, edits: Sequence[Edit], corpus: Corpus, job: Job) -> Report:
     """Everything that can be known without a step. FettleError where nothing trains, so that there is no step to know of."""
+    report = survey(name, edits, job, lambda: memory_of(forest, job, corpus))
+    report.corpus = corpus
+    report.problems += data_problems(corpus)
+    report.problems += too_long(forest, corpus)
+    report.notes += corpus.notes
+    if job.validation is not None:
+        report.problems += [f"validation: {problem}" for problem in data_problems(job.validation.corpus)]
+        report.notes += job.validation.corpus.notes
+    return report
+
+
+def survey(name: str, edits: Sequence[Edit], job: Job, memory: Callable[[], MemoryPlan]) -> Report:
+    """What can be known of a job whatever its data are. FettleError where nothing trains."""
+    forest = job.model
     unsound = [f"{'.'.join(map(str, where))}: {what}" for where, what in senseless_on(forest.model, edits)]
     weights = list(forest.model.parameters())
     trained = sum(p.numel() for p in weights if p.requires_grad)
@@ -88,15 +102,9 @@ def preflight(name: str, forest: Forest, edits: Sequence[Edit], corpus: Corpus, 
     unsound += [f"{'.'.join(map(str, where))}: {what}" for where, what in too_short(edits, job.steps)]
     report = Report(
         name=name, parameters=count_weights(forest.model), trained=trained, steps=job.steps,
-        memory=memory_of(forest, job, corpus), room=available(forest.device) + _held(forest), corpus=corpus,
+        memory=memory(), room=available(forest.device) + _held(forest),
     )  # fmt: skip
     report.problems += unsound
-    report.problems += data_problems(corpus)
-    report.problems += too_long(forest, corpus)
-    report.notes += corpus.notes
-    if job.validation is not None:
-        report.problems += [f"validation: {problem}" for problem in data_problems(job.validation.corpus)]
-        report.notes += job.validation.corpus.notes
     for i, edit in enumerate(edits):
         targets = getattr(edit, "targets", None)
         for pattern, missed in partly_matched(forest.model, targets).items() if targets else ():
@@ -126,7 +134,7 @@ def too_long(forest: Forest, corpus: Corpus) -> list[str]:
 
 def memory_of(forest: Forest, job: Job, corpus: Corpus) -> MemoryPlan:
     """The memory of the worst step of a job."""
-    if corpus.encoder.form is not None:
+    if corpus.encoder.form is not None or corpus.beside is not None:
         batch = corpus.fullest()
     else:
         batch = worst_batch(corpus.length, -(-corpus.length // min(corpus.length, forest.context or corpus.length)))
@@ -161,6 +169,15 @@ def timed(job: Job) -> float:
     return min(rows[1:])
 
 
+@runtime_checkable
+class Looks(Protocol):
+    """A stage with a look of its own, which prints what it finds and reports it."""
+
+    def look(self, before: Sequence[Any], examples: int, console: Console, time_steps: bool) -> Report:
+        """See `check`; `before` are the stages before it."""
+        ...
+
+
 class _Timed(Exception):
     """Enough steps were taken."""
 
@@ -179,8 +196,12 @@ def check(
     for number, stage in enumerate(pipeline.stages, 1):
         if len(pipeline.stages) > 1:
             console.rule(f"stage {number} of {len(pipeline.stages)}: {stage.output}")
+        before = pipeline.stages[: number - 1]
         try:
-            forest = stage.preview(pipeline.stages[: number - 1])
+            if isinstance(stage, Looks):
+                reports.append(_placed(pipeline, number, stage.look(before, examples, console, time_steps), console))
+                continue
+            forest = stage.preview(before)
         except FettleError as error:  # later stages would open what cannot be made
             failed.append(_where(pipeline, number, str(error)))
             failed += [_where(pipeline, n, "not checked") for n in range(number + 1, len(pipeline.stages) + 1)]
@@ -210,18 +231,23 @@ def _check_one(
         console.print(show(example, forest.tokenizer))
     job = recipe.job(forest, corpus, recipe.optim.length(corpus.batches_per_epoch))
     report = preflight(str(recipe.output), forest, recipe.edits, corpus, job)
-    report.problems = [pipeline.placed(number - 1, problem) for problem in report.problems]
-    if (recipe.output / "checkpoints").exists():
-        report.notes.append(
-            f"{recipe.output} holds a run already: fettle run goes on with --resume, or wants another output"
-        )
     if report.ok and time_steps:
         began = time.perf_counter()
+        recipe.refer(replace(job, steps=3, validation=None))
         report.step_seconds = timed(job)
         report.notes.append(f"timed three steps in {time.perf_counter() - began:.1f} s")
         if job.validation is not None:
             one = replace(job.validation, count=1).measure(forest, job.objective)["validation_seconds"]
             report.held_out_seconds = one * job.validation.count * job.validation.times(job.steps)
+    return _placed(pipeline, number, report, console)
+
+
+def _placed(pipeline: Pipeline, number: int, report: Report, console: Console) -> Report:
+    """Print a stage's report, each problem with its line."""
+    output = pipeline.stages[number - 1].output
+    report.problems = [pipeline.placed(number - 1, problem) for problem in report.problems]
+    if (output / "checkpoints").exists():
+        report.notes.append(f"{output} holds a run already: fettle run goes on with --resume, or wants another output")
     console.print(report)
     return report
 

@@ -52,8 +52,8 @@ class Outcome:
     trained: int
     parameters: int
     peak_bytes: int
-    step_seconds: float
-    loss: float
+    step_seconds: float | None  # None of a stage that does not train
+    loss: float | None
     latency: float | None  # None where it was not asked for
     merged_latency: float | None  # None too where the edits cannot be merged exactly
     scores: dict[str, Interval] = field(default_factory=dict)  # by evaluation
@@ -164,7 +164,8 @@ def _measured(arm: str, seed: int, place: Path, latency: bool) -> Outcome:
     unmerged, merged = _latencies(place) if latency else (None, None)
     return Outcome(
         arm, seed, facts["trained"], facts["parameters"], facts["peak_bytes"],
-        statistics.median(row["seconds"] for row in rows), statistics.fmean(row["loss"] for row in rows[-20:]),
+        statistics.median(row["seconds"] for row in rows) if rows else None,
+        statistics.fmean(row["loss"] for row in rows[-20:]) if rows else None,
         unmerged, merged, scores,
     )  # fmt: skip
 
@@ -233,7 +234,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
         merged = f"{row['merged_latency']:.2f}x" if row["merged_latency"] is not None else latency and "cannot"
         shown.add_row(
             arm, f"{row['trained']:,.0f}", f"{100 * row['trained'] / row['parameters']:.2f}%", f"{row['peak_bytes'] / 2**20:,.0f} MiB",
-            f"{row['step_seconds']:.3f} s", *scores, latency, merged,
+            "" if row["step_seconds"] is None else f"{row['step_seconds']:.3f} s", *scores, latency, merged,
         )  # fmt: skip
     return shown
 
@@ -266,6 +267,8 @@ def draw(outcomes: Sequence[Outcome], file: Path) -> None:
         axis.set(xscale="log", xlabel="trained parameters", ylabel=f"score on {Path(name).stem}")
     last = axes[0][-1]
     for arm, row in rows.items():
+        if row["step_seconds"] is None:
+            continue
         last.plot(row["step_seconds"], row["peak_bytes"] / 2**20, "o", ms=6, color="#a0522d")
         last.annotate(
             arm, (row["step_seconds"], row["peak_bytes"] / 2**20), xytext=(6, 4), textcoords="offset points", fontsize=8

@@ -12,7 +12,10 @@ from fettle.core.config import Document, read
 from fettle.core.errors import FettleError
 from fettle.core.families import Stage
 from fettle.core.spec import Spec, one_of
-from fettle.stages.tune import OF_A_RUN, Recipe
+from fettle.stages.quantize import Quantize as Quantize  # a stage is known once it is imported
+from fettle.stages.reinforce import Reinforce as Reinforce
+from fettle.stages.tune import OF_A_RUN
+from fettle.stages.versus import Versus as Versus
 
 AnyStage: TypeAlias = one_of(Stage, default="tune")  # type: ignore[valid-type]
 
@@ -36,14 +39,17 @@ class Pipeline(Spec):
         return self
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
-    """A recipe file with `key=value` overrides; FettleError lists every mistake with its line.
+def load_recipe(path: Path, overrides: Sequence[str] = (), kind: str | None = None) -> Pipeline:
+    """A recipe file with `key=value` overrides; FettleError lists every mistake with its line. `kind`: of a flat one that names none.
 
     Relative paths of data and output are relative to where the command runs, as in a shell.
     """
-    document = read(Path(path)).override(Recipe | Pipeline, overrides)
+    document = read(Path(path))
+    if kind is not None and not {"kind", "stages"} & document.data.keys():
+        document.data["kind"] = kind
+    document = document.override(AnyStage | Pipeline, overrides)
     if "stages" not in document.data:
-        return Pipeline(stages=(document.validate(Recipe),)).read_from(document)
+        return Pipeline(stages=(document.validate(AnyStage),)).read_from(document)
     pipeline: Pipeline = document.validate(Pipeline).read_from(document)
     outputs = [stage.output for stage in pipeline.stages]
     if len(set(outputs)) < len(outputs):
@@ -81,4 +87,4 @@ def run(recipe: Stage | Pipeline, resume: bool = False) -> Path:
 
 def schema() -> dict[str, Any]:
     """JSON Schema of a recipe file, for an editor's completion."""
-    return TypeAdapter(Recipe | Pipeline).json_schema() | {"title": "fettle recipe"}
+    return TypeAdapter(AnyStage | Pipeline).json_schema() | {"title": "fettle recipe"}

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from fettle.core.files import write_bytes
+from fettle.train import rewards
 from fettle.train.log import draw_loss, read_metrics
 
 REPORT, PICTURE = "report.md", "loss.png"
+FIGURES = ("accuracy", "margin", "kl")
 
 
 def write_report(folder: Path, facts: dict[str, Any]) -> None:
     """Write `folder`/report.md and loss.png from a run's facts and its metrics."""
     rows = read_metrics(folder)
-    draw_loss(rows, folder / PICTURE)
+    draw_loss(rows, folder / PICTURE, facts.get("unit", "token"))
+    if rewards.phases(rows):
+        rewards.draw(rows, folder / rewards.PICTURE)
     write_bytes(folder / REPORT, page(facts, rows).encode())
 
 
@@ -31,6 +35,7 @@ def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     learned = sum(r["learned"] for r in rows)
     seconds = sum(r["seconds"] for r in rows)
     skipped = sum("skipped" in r for r in rows)
+    unit = facts.get("unit", "token")  # what the loss is counted in
     lines = [
         f"# {Path(recipe['output']).name}",
         "",
@@ -46,7 +51,9 @@ def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
                 ["steps", f"{facts['steps']:,}" + (f", {skipped} skipped (not finite)" if skipped else "")],
                 ["first and last loss", f"{_loss(rows[0])} -> {_loss(rows[-1])}" if rows else "none"],
                 *([["held-out loss", held]] if (held := held_out(rows)) else []),
-                ["useful tokens", f"{useful:,} read, {learned:,.0f} learned"],
+                *_figures(rows),
+                ["useful tokens", f"{useful:,} read" + (f", {learned:,.0f} learned" if unit == "token" else "")],
+                *([[f"{unit}s", f"{learned:,.0f}"]] if unit != "token" else []),
                 ["useful tokens/s", f"{useful / max(seconds, 1e-9):,.0f}"],
                 ["peak memory", f"{facts['peak_bytes'] / 2**30:.2f} GiB"],
                 ["time", f"{facts['seconds']:,.0f} s"],
@@ -54,6 +61,7 @@ def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
                 ["versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())],
             ],
         ),
+        *_rewarded(rows),
         "",
         "## Data",
         "",
@@ -62,6 +70,27 @@ def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     if facts.get("evaluation"):
         lines += ["", "## Evaluation", "", _of_dicts(facts["evaluation"])]
     return "\n".join(lines) + "\n"
+
+
+def _rewarded(rows: list[dict[str, Any]]) -> list[str]:
+    """What a run that learned from rewards came to; nothing of others."""
+    found = rewards.summary(rows)
+    if not found:
+        return []
+    return [
+        "",
+        "## Rewards",
+        "",
+        f"![reward]({rewards.PICTURE})",
+        "",
+        table(["first -> last phases", ""], [list(row) for row in found]),
+    ]
+
+
+def _figures(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """What objectives report beside their loss, in the first step and in the last."""
+    both = [key for key in FIGURES if rows and rows[0].get(key) is not None and rows[-1].get(key) is not None]
+    return [[f"first and last {key}", f"{rows[0][key]:.4f} -> {rows[-1][key]:.4f}"] for key in both]
 
 
 def held_out(rows: list[dict[str, Any]]) -> str:

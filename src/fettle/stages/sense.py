@@ -21,13 +21,17 @@ if TYPE_CHECKING:
     from fettle.stages.tune import Recipe
 
 WRAPPERS = (AdaLoRA, LoRA)  # train a change of the linear layers that their targets name
-STILL = ("freezes", "quantizes")  # roles that train nothing
+STILL = ("freezes", "quantizes", "simulates", "rescales")  # roles that train nothing
 Problems = Iterator[tuple[Where, str]]
 
 
 def senseless(recipe: Recipe) -> Problems:
     """(place in the recipe, what is wrong and what to do)."""
     edits, task = recipe.edits, recipe.model.task
+    for i, edit in enumerate(edits):
+        if edit.calibrated:
+            what = "looks at text; put it into a stage of kind: quantize before this one, with calibration"
+            yield ("edits", i), f"{_kind(edit)} {what}"
     if task in ("auto", "causal") and all(e.role in STILL for e in edits):
         what = f"nothing trains after {_listed(edits)}" if edits else "nothing trains"
         yield ("edits",), f"{what}; add an edit that trains, as in edits: [{{kind: lora}}]"
@@ -41,6 +45,11 @@ def senseless(recipe: Recipe) -> Problems:
             yield ("edits", i), "freeze stops nothing here, where nothing trains yet; put it after the edit that trains"
     if recipe.optim.steps is not None:
         yield from too_short(edits, recipe.optim.steps)
+    if recipe.kind == "tune" and recipe.objective.form == "rollouts":
+        yield (
+            ("objective",),
+            f"{recipe.objective.kind} learns from the model's own answers; say kind: reinforce, with a reward and rollouts",
+        )
     wanted, said = recipe.objective.kind, "objective" in recipe.model_fields_set
     if said and wanted in ("classify", "tag") and task not in ("auto", wanted):
         yield (
@@ -88,7 +97,7 @@ def _pair(first: Edit, name: str, second: Edit, frozen: bool) -> str | None:
             f"{kind} would round away what {name} trains in the same layers; put {kind} first and train beside it with lora, "
             "or quantize what fettle export --to hf writes of the result"
         )
-    if first.role == "quantizes" and isinstance(second, Full) and second.targets is None:
+    if first.role == "quantizes" and _patterns(first) and isinstance(second, Full) and second.targets is None:
         return f"full trains every weight, and {name} holds those of the linear layers fixed; give full targets, or take lora"
     both = ((first, second), (second, first))
     if not frozen and any(isinstance(a, Full) and b.role == "updates" and _meet(a, b) for a, b in both):
@@ -99,7 +108,7 @@ def _pair(first: Edit, name: str, second: Edit, frozen: bool) -> str | None:
 def _meet(one: Any, other: Any) -> bool:
     """Whether two edits have a layer in common, as far as their targets alone tell: for certain, or not at all."""
     a, b = (_patterns(edit) for edit in (one, other))
-    return a is None or b is None or bool(a & b)
+    return a != set() and b != set() and (a is None or b is None or bool(a & b))
 
 
 def _patterns(edit: Any) -> set[str] | None:

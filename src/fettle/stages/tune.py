@@ -31,14 +31,24 @@ from fettle.models.forest import Forest
 from fettle.models.memory import measure_peak, reset_peak
 from fettle.models.spec import ModelSpec
 from fettle.models.weight import count_weights
-from fettle.objectives import SFT, AnyObjective
+from fettle.objectives import SFT, AnyObjective, Reward
 from fettle.quantize.linear import describe
-from fettle.stages.artifact import add_edit, apply_edits, is_artifact, open_artifact, save_artifact
+from fettle.stages.artifact import (
+    add_edit,
+    apply_edits,
+    is_artifact,
+    open_artifact,
+    outline_edits,
+    save_artifact,
+)
 from fettle.stages.check import gate, preflight
+from fettle.stages.deltas import bring, tuned_identity
 from fettle.stages.edits import AnyEdit, naming
-from fettle.stages.heads import load_for, objective_for, with_head
+from fettle.stages.heads import HEAD, headed_for, load_for, objective_for, with_head
+from fettle.stages.reference import Kept, identity_of, refer, reference_identity
 from fettle.stages.report import has_report, write_report
 from fettle.stages.sense import senseless
+from fettle.stages.teacher import Said, taught, teacher_identity
 from fettle.train import CheckpointSpec, Job, OptimSpec, Validation, ValidationSpec, fit
 from fettle.train.agreement import require_same
 from fettle.train.parallel import World
@@ -107,9 +117,13 @@ class Recipe(Stage):
         if job.validation is not None:
             Console(stderr=True).print(job.validation.corpus.table("held-out data"))
         gate(preflight(str(self.output), forest, self.edits, corpus, job))
+        self.refer(job, self._cache, parent, world)
         last = fit(job)
         facts = self.facts(forest, corpus, steps, last)
         facts |= {"seconds": time.time() - began, "peak_bytes": measure_peak(), "made_of": job.made_of}
+        for edit in edits:
+            edit.settle(forest.model)
+        facts["quantized"] = describe(forest.model)
         if world.first:
             save_artifact(target, forest, edits, facts)
         world.wait()
@@ -144,11 +158,20 @@ class Recipe(Stage):
     def open(self, parent: Path | None) -> tuple[Forest, tuple[Edit, ...]]:
         """The model with the parent's edits (frozen) and this recipe's own; and the list of them all."""
         if parent is None:
-            forest = load_for(self.model, self.data)
+            forest = load_for(headed_for(self.model, self.objective), self.data)
             edits = with_head(forest, self.edits)
-            return apply_edits(forest, edits, self.seed), edits
-        forest, before = open_artifact(parent, **self.model.model_dump(include=set(OF_A_RUN)))
-        return self._added(forest, before), (*before, *self.edits)
+            apply_edits(forest, edits, self.seed)
+        else:
+            forest, before = open_artifact(parent, **self._of_its_model())
+            edits = (*before, *with_head(forest, self.edits))
+            self._added(forest, before)
+        bring(forest, self.edits)
+        return forest, edits
+
+    def _of_its_model(self) -> dict[str, Any]:
+        """What a later stage says of the model it opens; a reward model's head too."""
+        said = headed_for(self.model, self.objective).model_dump(include=set(OF_A_RUN))
+        return said | (HEAD if isinstance(self.objective, Reward) else {})
 
     def preview(self, before: Sequence[Recipe]) -> Forest:
         """The model that `open` will give after the stages `before`; where those have not run, without what they learn."""
@@ -156,15 +179,15 @@ class Recipe(Stage):
             return self.open(None)[0]
         if is_artifact(parent := before[-1].output / ARTIFACT):
             return self.open(parent)[0]
-        spec = before[0].model.model_copy(update=self.model.model_dump(include=set(OF_A_RUN)))
+        spec = headed_for(before[0].model, before[0].objective).model_copy(update=self._of_its_model())
         forest = load_for(spec, before[0].data)
         edits = [*with_head(forest, before[0].edits), *(edit for stage in before[1:] for edit in stage.edits)]
-        apply_edits(forest, edits)
+        outline_edits(forest, edits)
         forest.model.requires_grad_(False)
         return self._added(forest, edits)
 
     def _added(self, forest: Forest, before: Sequence[Edit]) -> Forest:
-        for i, edit in enumerate(self.edits):
+        for i, edit in enumerate(with_head(forest, self.edits)):
             with naming(i, edit):
                 add_edit(forest, edit, self.seed, len(before) + i)
         return forest
@@ -188,8 +211,23 @@ class Recipe(Stage):
     def _prepared(self, data: Sequence[DataSpec], forest: Forest, seed: int) -> Corpus:
         return prepare(
             data, forest.tokenizer, self.batch.tokens, seed=seed,
-            cache=self.cache or self.output / "cache", packing=self.batch.packing, form=form_of(forest),
+            cache=self._cache, packing=self.batch.packing, form=form_of(forest, self.objective.form),
         )  # fmt: skip
+
+    @property
+    def _cache(self) -> Path:
+        return self.cache or self.output / "cache"
+
+    def refer(
+        self, job: Job, cache: Path | None = None, parent: Path | None = None, world: World | None = None
+    ) -> None:
+        """Let the reference that the objective asks for say all that the job's batches need, before its weights move."""
+        read = [(job.batches, job.steps * self.optim.accumulate)]
+        read += [(job.validation.corpus, job.validation.count)] if job.validation else []
+        for corpus, batches in read:
+            if isinstance(corpus, Corpus) and isinstance(corpus.beside, Kept | Said):
+                identity = identity_of(job.model, parent, self.edits, self.seed)
+                corpus.beside.fill(job.model, batches, identity, cache, world)
 
     def made_of(self, parent: Path | None = None) -> dict[str, Any]:
         """All that decides what training gives: the recipe, what its data hold, the parent's manifest."""
@@ -197,14 +235,22 @@ class Recipe(Stage):
             "recipe": self.model_dump(mode="json", exclude={"output", "evaluate", "validation", "checkpoint", "cache"}),
             "data": [[source.path, content_hash(source)] for source in self.data],
             "parent": parent and sha256(parent / MANIFEST),
+            **reference_identity(self.objective),
+            **teacher_identity(self.objective),
+            **tuned_identity(self.edits),
         }
 
     def job(self, forest: Forest, corpus: Corpus, steps: int, resume: bool = False, parent: Path | None = None) -> Job:
         """What the loop needs."""
+        objective = objective_for(forest, self.objective, "objective" in self.model_fields_set)
+        validation = self.held_out(forest)
+        corpora = [corpus, *([validation.corpus] if validation else [])]
+        refer(forest, objective, corpora)
+        objective = taught(objective, forest, corpora)
         return Job(
-            model=forest, objective=objective_for(forest, self.objective, "objective" in self.model_fields_set), batches=corpus, optim=self.optim, steps=steps, folder=self.output,
-            edits=self.edits, seed=self.seed, checkpoints=self.checkpoint, not_finite=self.not_finite, made_of=self.made_of(parent), resume=resume,
-            validation=self.held_out(forest),
+            model=forest, objective=objective, batches=corpus, optim=self.optim, steps=steps, folder=self.output,
+            edits=self.edits, seed=self.seed, checkpoints=self.checkpoint, not_finite=self.not_finite, made_of=self.made_of(parent),
+            resume=resume, validation=validation,
         )  # fmt: skip
 
     def facts(self, forest: Forest, corpus: Corpus, steps: int, last: dict[str, float]) -> dict[str, Any]:
@@ -216,6 +262,7 @@ class Recipe(Stage):
         weights = list(forest.model.parameters())
         return {
             "recipe": self.model_dump(mode="json"),
+            "unit": self.objective.unit,
             "steps": steps,
             "last": last,
             "data": corpus.describe(),

@@ -17,6 +17,8 @@ from fettle.core.files import MANIFEST, NotWritten, new_folder, verify, write_js
 from fettle.core.spec import Spec
 from fettle.train.optim import Masters
 
+SOURCE = "source"  # before the names of what a source of batches keeps
+
 
 class CheckpointSpec(Spec):
     """How often to save, and how many to keep."""
@@ -64,6 +66,11 @@ def unpack_state(
             master = masters.masters[name]
             where = "cpu" if slot == "step" and master.device.type == "cpu" else master.device
             optimizer.state[master][slot] = value.clone().to(where)
+
+
+def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors below `name/`, without it."""
+    return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], keep: int) -> Path:

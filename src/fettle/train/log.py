@@ -119,8 +119,11 @@ class Rate:
         self._marks = [(at + seconds, count) for at, count in self._marks]
 
 
-def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss by step with a running mean, the held-out loss where there is one, the learning rate beneath."""
+def draw_loss(rows: list[dict[str, Any]], path: Path, unit: str = "token") -> None:
+    """Loss by step with a running mean, the held-out loss where there is one, the learning rate beneath.
+
+    `unit` is what the loss is counted in.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,7 +143,7 @@ def draw_loss(rows: list[dict[str, Any]], path: Path) -> None:
         top.plot(steps, mean, color="#1f4e79", lw=1.8, label=f"mean of {width} steps")
     if held := [(r["step"], r["validation_loss"]) for r in rows if r.get("validation_loss") is not None]:
         top.plot(*zip(*held, strict=True), color="#c2410c", lw=1.4, marker="o", ms=3.5, label="held-out")
-    top.set_ylabel("loss (nats a token)")
+    top.set_ylabel("loss (nats a token)" if unit == "token" else f"loss a {unit}")
     top.legend(frameon=False)
     low.plot(steps, [r["lr"] for r in rows], color="#a0522d", lw=1.2)
     low.set_ylabel("learning rate")

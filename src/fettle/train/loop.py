@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
@@ -30,6 +30,7 @@ from fettle.train.log import Log, Rate
 from fettle.train.optim import Masters, OptimSpec, build, norm, set_lr
 from fettle.train.parallel import World
 from fettle.train.seeds import seed_all
+from fettle.train.sums import Sums
 from fettle.train.validation import Validation
 
 
@@ -38,6 +39,27 @@ class Batches(Protocol):
 
     def batch(self, index: int) -> Batch:
         """The batch at `index` of an endless sequence."""
+        ...
+
+
+@runtime_checkable
+class Phased(Batches, Protocol):
+    """Batches that are made while the run goes on, from what the model has become; what it holds goes into checkpoints."""
+
+    def begin(self, step: int, world: World) -> Sequence[int]:
+        """The indices of a step's batches, as many for each process; called once before each step, in order."""
+        ...
+
+    def figures(self, step: int) -> dict[str, Any]:
+        """What to say of a step beside its loss."""
+        ...
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a resumed run must have."""
+        ...
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on from what `state` gave."""
         ...
 
 
@@ -72,7 +94,7 @@ class Job:
 
 def fit(job: Job) -> dict[str, float]:
     """Train to the end; returns the figures of the last step. Stopped where a signal ended it early."""
-    world = World.join(job.optim.accumulate)
+    world = join(job)
     job.model.model.train()
     masters = Masters((n, p) for n, p in job.model.model.named_parameters() if p.requires_grad)
     if not masters.weights:
@@ -114,17 +136,21 @@ def fit(job: Job) -> dict[str, float]:
     return last
 
 
+def join(job: Job) -> World:
+    """The processes of a run. Batches that are made on the way are shared evenly by whoever makes them."""
+    return World.join(None if isinstance(job.batches, Phased) else job.optim.accumulate)
+
+
 def run_step(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
     """One optimizer step: its figures. FettleError (policy 'stop') where loss or gradient is not finite."""
     began = time.perf_counter()
     device = job.model.device
-    sums: dict[str, torch.Tensor] = {}
+    sums = Sums(device)
     count = torch.zeros((), dtype=torch.float64, device=device)
     tokens = torch.zeros((), dtype=torch.float64, device=device)
     names: list[str] = []
     masters.zero()
-    for i in range(world.rank, job.optim.accumulate, world.size):
-        index = step * job.optim.accumulate + i
+    for index in _indices(job, step, world)[world.rank :: world.size]:
         batch = job.batches.batch(index)
         seed_all(job.seed, index)
         loss = job.objective(job.model, batch)
@@ -132,10 +158,10 @@ def run_step(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optim
         count += loss.count
         tokens += batch.useful
         names += [n for n in batch.names if n]
-        for key, value in loss.metrics.items():
-            sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64, device=device)) + value
+        sums.add(loss)
     gradients = masters.gradients()
-    world.sum([*gradients, *sums.values(), count, tokens])
+    sums.agree(world)
+    world.sum([*gradients, *sums.tensors, count, tokens])
     if not gradients:
         raise FettleError(
             f"step {step + 1}: no weight received a gradient; the edits train nothing that the objective reaches"
@@ -145,8 +171,9 @@ def run_step(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optim
     gradients = masters.gradients()
     size = norm(gradients).item()
     lr = job.optim.lr_at(step, job.steps)
-    row: dict[str, Any] = {"step": step + 1, **{k: (v / count).item() for k, v in sums.items()}, **penalties}
-    finite = math.isfinite(size) and all(math.isfinite(row[k]) for k in sums)
+    means = sums.means()
+    row: dict[str, Any] = {"step": step + 1, **means, **penalties}
+    finite = math.isfinite(size) and all(math.isfinite(value) for value in means.values())
     if finite:
         if job.optim.clip is not None and size > job.optim.clip:
             torch._foreach_mul_(gradients, job.optim.clip / size)
@@ -162,7 +189,14 @@ def run_step(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optim
     masters.zero()
     row |= {"lr": lr, "grad_norm": size, "learned": count.item(), "tokens": int(tokens.item())}
     row["seconds"] = time.perf_counter() - began
-    return row
+    return row | (job.batches.figures(step) if isinstance(job.batches, Phased) else {})
+
+
+def _indices(job: Job, step: int, world: World) -> Sequence[int]:
+    """The batches of a step, of all processes."""
+    if isinstance(job.batches, Phased):
+        return job.batches.begin(step, world)
+    return range(step * job.optim.accumulate, (step + 1) * job.optim.accumulate)
 
 
 def _penalize(job: Job) -> dict[str, float]:
@@ -193,6 +227,8 @@ def _begin(job: Job, masters: Masters, optimizer: torch.optim.Optimizer, world: 
     facts, tensors, problems = found
     require_same(folder, facts.get("made_of", {}), job.made_of)
     checkpoint.unpack_state(tensors, masters, optimizer, _edit_state(job))
+    if isinstance(job.batches, Phased):
+        job.batches.restore(checkpoint.part(tensors, checkpoint.SOURCE))
     return facts["step"], [*problems, f"resuming after step {facts['step']}"]
 
 
@@ -202,6 +238,8 @@ def _save(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optimize
     if world.first:
         facts = {"made_of": job.made_of, "steps": job.steps}
         state = checkpoint.pack_state(masters, optimizer, _edit_state(job))
+        if isinstance(job.batches, Phased):
+            state |= {f"{checkpoint.SOURCE}/{name}": value for name, value in job.batches.state().items()}
         try:
             checkpoint.save(job.folder / "checkpoints", step, state, facts, job.checkpoints.keep)
         except FettleError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,12 +24,15 @@ class World:
     size: int = 1
 
     @staticmethod
-    def join(accumulate: int) -> World:
-        """Join the process group that torchrun's environment describes; alone where there is none."""
+    def join(accumulate: int | None) -> World:
+        """Join the process group that torchrun's environment describes; alone where there is none.
+
+        FettleError where `accumulate` batches a step cannot be shared evenly; None leaves that to the source of batches.
+        """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return World()
-        if accumulate % size:
+        if accumulate is not None and accumulate % size:
             raise FettleError(
                 f"optim.accumulate: {accumulate} batches a step cannot be shared evenly by {size} processes; "
                 f"choose a multiple of {size}"
@@ -52,6 +56,14 @@ class World:
             dist.all_reduce(flat)
             for tensor, part in zip(same, flat.split([t.numel() for t in same]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process has, in order of their ranks; plain values that the processes of one run send each other."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
 
     def largest(self, number: int, device: torch.device) -> int:
         """The largest of a number over the processes: what each of them found, and all must act on together."""

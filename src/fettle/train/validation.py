@@ -22,6 +22,7 @@ from fettle.core.spec import Spec
 from fettle.data import Corpus, DataSpec
 from fettle.train.parallel import World
 from fettle.train.seeds import kept_generators, seed_all
+from fettle.train.sums import Sums
 
 PREFIX = "validation_"  # before the names of an objective's metrics in a row of metrics.jsonl
 
@@ -54,19 +55,15 @@ class Validation:
     def measure(self, forest: Any, objective: Objective, world: World | None = None) -> dict[str, float]:
         """The objective's metrics, named `validation_...`, and the seconds that this took."""
         began, world = time.perf_counter(), world or World()
-        sums: dict[str, torch.Tensor] = {}
-        count = torch.zeros((), dtype=torch.float64, device=forest.device)
+        sums = Sums(forest.device)
         rounds = -(-self.count // world.size)  # every process has a share of each, so that all know the metrics' names
         with kept_generators(forest.device), evaluating(forest.model):
             for i in range(world.rank, rounds * world.size, world.size):
                 seed_all(0, i)
                 loss = objective(forest, self.corpus.batch(min(i, self.count - 1)))
-                share = float(i < self.count)
-                count += share * loss.count
-                for key, value in loss.metrics.items():
-                    sums[key] = sums.get(key, torch.zeros_like(count)) + share * value
-        world.sum([*sums.values(), count])
-        figures = {f"{PREFIX}{key}": (value / count).item() for key, value in sums.items()}
+                sums.add(loss, float(i < self.count))
+        world.sum(sums.tensors)
+        figures = {f"{PREFIX}{key}": value for key, value in sums.means().items()}
         return figures | {f"{PREFIX}seconds": time.perf_counter() - began}
 
 

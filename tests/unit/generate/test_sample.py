@@ -17,7 +17,9 @@ from transformers.generation.logits_process import (
 from fettle.core import FettleError
 from fettle.core.batch import Example, Node, pack
 from fettle.generate import Sampling, end_tokens, generate, prompter
-from fettle.generate.sample import Cache, context_length, filtered, penalised
+from fettle.generate.choose import filtered, repeated
+from fettle.generate.padded import PaddedCache
+from fettle.generate.sample import context_length
 from fettle.models.forest import Forest
 from fettle.models.load import load
 from fettle.models.spec import ModelSpec
@@ -167,9 +169,12 @@ def test_filters_are_transformers() -> None:
     ]:
         mine = filtered(scores, Sampling(**settings))
         assert torch.equal(mine, LogitsProcessorList(theirs)(torch.zeros(3, 1, dtype=torch.long), scores.clone()))
+    marks = torch.zeros(3, 50, dtype=torch.bool)
+    for row, tokens in enumerate(seen):
+        marks[row, tokens] = True
     for row, tokens in enumerate(seen):
         theirs_row = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([tokens]), scores[row : row + 1].clone())
-        assert torch.equal(penalised(scores, seen, 1.3)[row], theirs_row[0])
+        assert torch.equal(repeated(scores, marks, 1.3)[row], theirs_row[0])
 
 
 def test_context(forest: Forest, tokenizer) -> None:
@@ -181,7 +186,7 @@ def test_context(forest: Forest, tokenizer) -> None:
         generate(forest, [[5], [5] * bound])
     with pytest.raises(FettleError, match="prompt 0 is empty"):
         generate(forest, [[]])
-    with pytest.raises(FettleError, match="2 seeds for 1 prompts"):
+    with pytest.raises(FettleError, match="2 seeds for 1 prompts and n 1"):
         generate(forest, [[5]], seeds=[1, 2])
 
 
@@ -212,7 +217,7 @@ def test_a_model_with_a_state_writes_what_transformers_writes(kind: str, tokeniz
             with torch.no_grad():
                 ids.append(int(forest.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         assert list(mine.tokens) == ids[len(prompt) :] and len(set(mine.tokens)) > 1
-    cache = Cache(forest, asked)
+    cache = PaddedCache(forest, asked)
     first = cache.next_logits().argmax(-1)
     cache.push(first, [0, 2])  # a row leaves
     for row, i in enumerate((0, 2)):

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from fettle.core.errors import FettleError
-from fettle.lab.claims import CLAIMS, find, running, scale, skills
+from fettle.lab.claims import CLAIMS, alignment, find, running, scale, skills, verifier
 from fettle.lab.claims.claim import SHARE, Claim, Plan, Setting, gains, holds, interval
 from fettle.lab.families import FAMILIES, Family
 from fettle.lab.world import World
@@ -130,9 +130,14 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]
         return found
 
     monkeypatch.setattr(running, "compare", compare)
-    monkeypatch.setattr(running, "_controls", lambda plan: {"skills.jsonl": dict.fromkeys(plan.controls, 0.1)})
+    monkeypatch.setattr(
+        running, "_controls", lambda plan: {Path(t.path).name: dict.fromkeys(plan.controls, 0.1) for t in plan.evaluate}
+    )  # fmt: skip
     monkeypatch.setattr(running, "FOLDER", tmp_path / "claims")
     monkeypatch.setattr(skills, "ROWS", 40)
+    monkeypatch.setattr(verifier, "ROWS", 40)
+    for rows in ("PREFERRED", "ASKED", "FEW"):
+        monkeypatch.setattr(alignment, rows, 40)
     return calls
 
 
@@ -164,11 +169,19 @@ def test_every_verdict_reads_what_its_plan_compares(
 ) -> None:
     """With figures at hand for every arm: no verdict asks for an arm, an evaluation or a rate that is not there."""
     monkeypatch.setattr(scale, "pretrained", lambda setting, size: tmp_path / size)
+    for group in (alignment, verifier):
+        monkeypatch.setattr(group, "tuned", lambda place, rows, changes: tmp_path / "start")
+    monkeypatch.setattr(alignment, "reward_models", lambda *_: f"{tmp_path}/reward-{{seed}}")
     claim = find(name)
     claim = replace(claim, measures={key: lambda place: float(len(str(place))) for key in claim.measures})
     plan = claim.plan(Setting(tmp_path, World.build(0), 2, 1))
     assert set(claim.rates) <= set(plan.arms) and (plan.development is not None or not claim.rates)
-    merged = [outcome(arm, seed, score=s, merged_latency=1.0) for arm in plan.arms for seed, s in ((0, 0.3), (1, 0.4))]
+    scored = [Path(task.path).name for task in plan.evaluate]
+    merged = [
+        outcome(arm, seed, merged_latency=1.0, scores=dict.fromkeys(scored, (s, s, s)))
+        for arm in plan.arms
+        for seed, s in ((0, 0.3), (1, 0.4))
+    ]
     found = running.collect(claim, plan, merged, tmp_path, 2)
     verdicts = claim.verdict(found)
     assert verdicts and all(isinstance(line, str) and ":" in line or "reaches" in line for line in verdicts)
@@ -176,6 +189,32 @@ def test_every_verdict_reads_what_its_plan_compares(
     console = quiet()
     console.print(running.table(claim, found))
     assert all(arm in console.file.getvalue() for arm in plan.arms)  # type: ignore[attr-defined]
+
+
+def test_rewards_by_chance_say_nothing_and_stay_the_same() -> None:
+    answers = [str(i) for i in range(400)]
+    found = verifier.chance(["q"] * 400, answers, answer=answers)
+    assert found == verifier.chance(["q"] * 400, answers) and set(found) == {0.0, 1.0} and 160 < sum(found) < 240
+
+
+def test_the_fall_is_from_the_best_mean_of_some_phases(tmp_path: Path) -> None:
+    true = [0.1, 0.5, 0.9, 0.9, 0.6, 0.3]
+    rows = [
+        {"step": 2 * i + j, "phase": i + 1, f"reward_{alignment.WORTH}": t} for i, t in enumerate(true) for j in (1, 2)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert alignment.fall(tmp_path, 2) == pytest.approx(0.9 - 0.45)
+
+
+def test_what_a_run_took_counts_the_reward_model_that_it_needed(tmp_path: Path) -> None:
+    for name, recipe, seconds in (
+        ("reward", {}, 30.0),
+        ("dpo", {"objective": {"kind": "dpo"}}, 5.0),
+        ("ppo", {"reward": alignment.watched(str(tmp_path / "reward"))}, 50.0),
+    ):
+        (tmp_path / name / "artifact").mkdir(parents=True)
+        (tmp_path / name / "artifact" / "manifest.json").write_text(json.dumps({"recipe": recipe, "seconds": seconds}))
+    assert [alignment.seconds(tmp_path / name) for name in ("dpo", "ppo")] == [5.0, 80.0]
 
 
 def test_an_arm_without_every_seed_ends_the_claim(ran: list[dict[str, Any]], tmp_path: Path) -> None:

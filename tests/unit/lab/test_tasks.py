@@ -171,8 +171,8 @@ def test_choices_are_balanced(name):
 
 
 def test_written_lab_is_the_same_bytes(tmp_path):
-    written = write_lab(tmp_path / "a", 0, documents=50, instructions=80, heldout=20, each=3)
-    write_lab(tmp_path / "b", 0, documents=50, instructions=80, heldout=20, each=3)
+    written = write_lab(tmp_path / "a", 0, documents=50, instructions=80, heldout=20, each=3, preferences=30)
+    write_lab(tmp_path / "b", 0, documents=50, instructions=80, heldout=20, each=3, preferences=30)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert sorted(str(file.with_suffix("")) for file in files) == sorted(written)
     for file in files:

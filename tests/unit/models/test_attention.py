@@ -69,7 +69,7 @@ def results(name: str, qkv: list[Tensor], plan: Plan, window: int | None, softca
 def test_segments_are_the_dense_mask(
     window: int | None, softcap: float | None, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "TILE", 64)
+    monkeypatch.setattr(plans, "TILE", 32)
     for seed, longest in ((0, 40), (1, 300)):
         plan = random_plan(seed, longest)
         qkv = tensors(plan, *heads, torch.float64, value_size=6)
@@ -81,10 +81,13 @@ def test_segments_are_the_dense_mask(
 
 
 def test_plain_documents_and_small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without trees the keys of a token lie in one tile, which is another way back; buckets may be cut in groups."""
+    """Buckets may be cut in groups; of documents of one tile each, the keys of a token stand in one bag once."""
     monkeypatch.setattr(plans, "SCORES", 64 * 64 * 2)
     plan = random_plan(3, 100, trees=False)
-    assert plan.tiling(None, torch.float64, torch.device("cpu")).key_back is not None
+    tiling = plan.tiling(None, (4, 2), torch.float64, torch.device("cpu"))
+    for bags, heads in ((tiling.of_queries, 4), (tiling.of_keys, 2)):
+        sizes = torch.diff(bags.starts, append=torch.tensor([len(bags.rows)]))
+        assert torch.equal(sizes, torch.ones_like(sizes).index_fill_(0, torch.arange(len(sizes))[-TAIL * heads :], 0))
     qkv = tensors(plan, 4, 2, torch.float64)
     for found, expected in zip(
         results("segments", qkv, plan, None, None), results("dense", qkv, plan, None, None), strict=True

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fettle.core.errors import FettleError
 from fettle.models.rehearsal import fake_model, rehearsing
 from fettle.models.select import adaptable, linears
+from fettle.models.still import still
 from fettle.peft import AdaLoRA, LoRA
 from fettle.peft.adalora import budget_at, over_budget
 from fettle.peft.lora import by_layer, dropout_mask, low_rank
@@ -199,3 +200,24 @@ def test_the_scale_where_alpha_is_left_out() -> None:
         LoRA(rank=rank, rslora=rslora).apply(model)
         layers[rank, rslora] = model["up"].scale
     assert layers == {(4, False): 2.0, (16, False): 2.0, (4, True): 4.0, (16, True): 2.0}  # 8 / sqrt(r)
+
+
+@pytest.mark.parametrize(
+    "edit", [LoRA(rank=3), LoRA(rank=3, dora=True), LoRA(rank=3, init="pissa"), LoRA(rank=3, rslora=True)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_same_bits(edit: LoRA, dtype: torch.dtype) -> None:
+    """The path of generation, with factors rounded once, gives what the path of training gives."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24, dtype=dtype), nn.Linear(24, 8, dtype=dtype))
+    edit.model_copy(update={"targets": ("0", "1")}).apply(model)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape).to(dtype))
+    x = torch.randn(2, 5, 16, dtype=dtype)
+    trained = model(x)
+    kept: dict = {}
+    with torch.no_grad():
+        assert torch.equal(model(x), trained)
+        with still(kept):
+            assert torch.equal(model(x), trained) and torch.equal(model(x), trained)
+    assert trained.requires_grad and kept

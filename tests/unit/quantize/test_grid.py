@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fettle.core.errors import FettleError
-from fettle.quantize.grid import Grid, decode, dynamic, encode, fit, group_length, levels
+from fettle.quantize.grid import Grid, decode, dynamic, encode, fit, group_length, levels, snapped
 from fettle.quantize.packed import Quantized, fake, pack, packed_bytes, quantize, unpack
 
 SCALES = Grid(levels="dynamic", bits=8, group=256)
@@ -141,7 +141,7 @@ def test_normal_levels_are_equally_likely_quantiles() -> None:
     assert torch.equal(_normal(4), torch.tensor(NF4))
 
 
-def test_the__code_spans_seven_decades() -> None:
+def test_the_dynamic_code_spans_seven_decades() -> None:
     for signed in (True, False):
         code = dynamic(signed)
         assert len(code) == 256 and bool((code.diff() > 0).all()) and code[-1] == 1 and (code == 0).sum() == 1
@@ -181,6 +181,16 @@ def test_long_tensors_go_through_in_chunks(monkeypatch: pytest.MonkeyPatch, bits
     assert torch.equal(whole, packed.values().to(dtype))
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_that_begin_anywhere_in_memory_have_the_same_values(bits: int) -> None:
+    packed = quantize(torch.randn(3, 40), Grid(bits=bits, group=8, symmetric=False))
+    for start in range(1, 9):
+        memory = torch.full((start + packed.codes.numel() + 3,), 255, dtype=torch.uint8)
+        memory[start : start + packed.codes.numel()] = packed.codes
+        moved = packed.holding(packed.tensors() | {"codes": memory[start : start + packed.codes.numel()]})
+        assert torch.equal(moved.values(), packed.values())
+
+
 def test_rows_are_channels_and_tokens() -> None:
     x = torch.randn(3, 4, 16)
     assert torch.equal(
@@ -192,6 +202,8 @@ def test_rows_are_channels_and_tokens() -> None:
 def test_refusals_are_sentences() -> None:
     with pytest.raises(FettleError, match="group: 7 does not divide rows of 12 values; choose 6"):
         quantize(torch.randn(2, 12), Grid(group=7))
+    with pytest.raises(FettleError, match="too wide for a scale of float16; set grid.scale: float32"):
+        quantize(torch.full((1, 32), 1e6), Grid(scale="float16"))
     with pytest.raises(FettleError, match="not finite"):
         quantize(torch.tensor([1.0, torch.nan]), Grid())
     for bad in ({"levels": "dynamic"}, {"narrow": True, "symmetric": False}, {"group": 0}, {"bits": 9}):
@@ -206,3 +218,16 @@ def test_zeros_and_constants() -> None:
             assert torch.equal(fake(torch.zeros(2, 8), grid), torch.zeros(2, 8))
             found = fake(torch.full((1, 8), 3.0), grid)
             assert torch.allclose(found, torch.full((1, 8), 3.0), rtol=0.07)
+
+
+@given(tensors(), grids(), st.sampled_from([1.0, 0.5]))
+def test_snapping_is_encoding_and_decoding(x: Tensor, grid: Grid, share: float) -> None:
+    groups = x.reshape(-1, x.shape[-1])
+    scale, zero = fit(groups, grid)
+    scale = scale * share
+    found = snapped(groups, scale, zero, grid)
+    assert torch.equal(found, decode(encode(groups, scale, zero, grid), scale, zero, grid))
+    assert found.dtype == scale.dtype and torch.equal(
+        snapped(groups.bfloat16(), scale.float(), zero, grid),
+        decode(encode(groups.bfloat16(), scale.float(), zero, grid), scale.float(), zero, grid),
+    )

@@ -12,12 +12,13 @@ from rich.console import Console
 
 from fettle.core.errors import FettleError
 from fettle.core.spec import nearest
-from fettle.lab.claims import costs, instructions, quality, scale
+from fettle.lab.claims import alignment, compressed, costs, instructions, quality, quantization, scale, verifier
 from fettle.lab.claims.claim import Claim as Claim
 from fettle.lab.claims.claim import Found as Found
 from fettle.lab.claims.running import run
 
-CLAIMS = {claim.name: claim for group in (instructions, quality, scale, costs) for claim in group.CLAIMS}
+GROUPS = (instructions, quality, scale, costs, alignment, verifier, quantization, compressed)
+CLAIMS = {claim.name: claim for group in GROUPS for claim in group.CLAIMS}
 
 
 def find(name: str) -> Claim:

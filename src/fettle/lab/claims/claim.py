@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fettle.evaluate import TaskFile
+from fettle.evaluate import Evaluation, TaskFile
 from fettle.lab.world import World
 from fettle.stages.compare import Arms, Outcome
 
 Values = Sequence[float]  # a value a seed
 Scores = Mapping[str, Values]  # by arm
 CONTROL = "base, untuned"
+CHOOSING = 1000  # the seed of the runs that learning rates are chosen by; no arm is measured with it
 SHARE, PEAK, LATENCY, MERGED = "share of weights (%)", "peak (MiB)", "latency", "latency, merged"
 
 
@@ -34,7 +35,7 @@ class Plan:
 
     arms: Arms
     evaluate: Sequence[TaskFile] = ()
-    development: TaskFile | None = None  # for choosing learning rates; shares no item with what is evaluated
+    development: Evaluation | None = None  # for choosing learning rates; shares no item with what is evaluated
     controls: Mapping[str, str] = field(default_factory=lambda: {CONTROL: "fettle/tiny"})  # untuned models by name
 
 
@@ -65,9 +66,12 @@ class Claim:
     shows: tuple[str, ...]  # figures that the table has as columns; the first is drawn
     settings: tuple[str, ...] = ()  # of the recipe in every arm
     rates: Mapping[str, Values] = field(default_factory=dict)  # by arm: learning rates to choose from
-    measures: Mapping[str, Callable[[Path], float]] = field(default_factory=dict)  # by name: a figure of a run's folder
+    # By name: a figure of a run's folder; None of an arm that has none.
+    measures: Mapping[str, Callable[[Path], float | None]] = field(default_factory=dict)
     latency: bool = False
     each: int = 20
+    recipe: str = "quickstart.yaml"  # of those that come with fettle: what arms change
+    lower: bool = False  # a lower score is the better one, as a perplexity is
 
 
 def interval(values: Values, seed: int = 0) -> tuple[float, float]:

@@ -14,16 +14,27 @@ from rich.table import Table
 
 from fettle.core.errors import FettleError
 from fettle.core.files import write_json
-from fettle.evaluate import TaskFile, evaluate
-from fettle.lab.claims.claim import LATENCY, MERGED, PEAK, SHARE, Claim, Found, Plan, Scores, Setting, Values, interval
+from fettle.evaluate import Evaluation, TaskFile, evaluate
+from fettle.lab.claims.claim import (
+    CHOOSING,
+    LATENCY,
+    MERGED,
+    PEAK,
+    SHARE,
+    Claim,
+    Found,
+    Plan,
+    Scores,
+    Setting,
+    Values,
+    interval,
+)  # fmt: skip
 from fettle.lab.world import World
 from fettle.stages import open_model
 from fettle.stages.compare import Arms, Outcome, compare, place_of
 from fettle.stages.recipes import recipe_file
 
 FOLDER = Path("runs/lab/claims")
-RECIPE = "quickstart.yaml"
-CHOOSING = 1000  # the seed of the runs that learning rates are chosen by; no arm is measured with it
 
 
 def run(
@@ -41,7 +52,7 @@ def run(
     overrides = [*claim.settings, *changes]
     arms, rates = _with_rates(claim, plan, folder / "rates", overrides, console)
     outcomes = compare(
-        recipe_file(RECIPE), arms, folder, [*overrides, _asked(plan.evaluate)], seeds, claim.latency, console
+        recipe_file(claim.recipe), arms, folder, [*overrides, _asked(plan.evaluate)], seeds, claim.latency, console
     )
     found = collect(claim, plan, outcomes, folder, seeds)
     verdicts = claim.verdict(found)
@@ -60,9 +71,13 @@ def _suffix(claim: Claim, each: int, changes: Sequence[str]) -> str:
     return "-" + hashlib.sha256("\n".join(other).encode()).hexdigest()[:8] if other else ""
 
 
-def _asked(tasks: Sequence[TaskFile]) -> str:
-    said = [task.model_dump(mode="json", exclude_unset=True) for task in tasks]
+def _asked(tasks: Sequence[Evaluation]) -> str:
+    said = [task.model_dump(mode="json", exclude_unset=True) | _kind_of(task) for task in tasks]
     return f"evaluate={orjson.dumps(said).decode()}"
+
+
+def _kind_of(task: Any) -> dict[str, str]:
+    return {} if isinstance(task, TaskFile) else {"kind": task.kind}
 
 
 # Learning rates.
@@ -80,11 +95,13 @@ def _with_rates(
     assert plan.development is not None
     console.print("[bold]learning rates[/bold], on the development split")
     asked = [*overrides, _asked([plan.development])]
-    outcomes = {o.arm: o for o in compare(recipe_file(RECIPE), tried, folder, asked, 1, False, console, first=CHOOSING)}
+    outcomes = {
+        o.arm: o for o in compare(recipe_file(claim.recipe), tried, folder, asked, 1, False, console, first=CHOOSING)
+    }
     arms, rates = dict(plan.arms), {}
     for arm, grid in claim.rates.items():
         found = {rate: outcomes[name] for rate in grid if (name := f"{arm} at {rate:g}") in outcomes}
-        best = best_rate(arm, found)
+        best = best_rate(arm, found, claim.lower)
         arms[arm] = [*plan.arms[arm], f"optim.lr={best}"]
         rates[arm] = {"taken": best, "tried": {f"{rate:g}": _score(o) for rate, o in found.items()}}
         edge = " (at the edge of what was tried)" if best in (min(grid), max(grid)) else ""
@@ -92,11 +109,12 @@ def _with_rates(
     return arms, rates
 
 
-def best_rate(arm: str, found: Mapping[float, Outcome]) -> float:
-    """The rate with the best score on the development split; between equals, the one with the lower training loss."""
+def best_rate(arm: str, found: Mapping[float, Outcome], lower: bool = False) -> float:
+    """The rate with the best (`lower`: the lowest) score on the development split; between equals, the lower training loss."""
     if not found:
         raise FettleError(f"lab: '{arm}' ended with none of its learning rates (see above); run the claim again")
-    return max(found, key=lambda rate: (_score(found[rate]), -found[rate].loss))
+    sign = -1 if lower else 1
+    return max(found, key=lambda rate: (sign * _score(found[rate]), -(found[rate].loss or 0.0)))
 
 
 def _score(outcome: Outcome) -> float:

@@ -1,0 +1,173 @@
+"""Records to preference data: pairs, rankings and labels of single answers, grouped by prompt.
+
+What people said of single answers is a ranking too: of two answers to one prompt by one labeler, the one with the better value
+(yes before no, the higher number, fewer rules violated) is preferred. So all kinds of records take one way to pairs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from fettle.core.errors import FettleError
+from fettle.core.files import write_bytes
+from fettle.core.spec import nearest
+from fettle.feedback.records import Answer, Question, Ranking, Record, Verdict
+
+RULES = "rules"
+COST = {"not": 0.0, "unsure": 0.5, "violated": 1.0}
+
+
+@dataclass(frozen=True)
+class Order:
+    """Answers to one prompt as one labeler places them: `places[i]` is that of answer i, lower is better, equals tie."""
+
+    record: Record  # one of those it comes from: the prompt, the labeler, the time
+    answers: tuple[Answer, ...]
+    places: tuple[float, ...]
+
+    @property
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """All (i, j) with i before j in the row."""
+        return ((i, j) for i in range(len(self.places)) for j in range(i + 1, len(self.places)))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Of two answers to a prompt, the better one, and how many labelers said so and how many the opposite."""
+
+    prompt_id: str
+    asked: dict[str, Any]
+    chosen: str
+    rejected: str
+    votes: tuple[int, int]
+    labelers: tuple[str, ...]
+
+    def row(self) -> dict[str, Any]:
+        """As a row of preference data."""
+        said = {"votes": list(self.votes), "labelers": list(self.labelers)}
+        return {"prompt_id": self.prompt_id, **self.asked, "chosen": self.chosen, "rejected": self.rejected, **said}
+
+
+def orders(records: Sequence[Record], by: str = "ranking") -> list[Order]:
+    """The orders that records say, of each prompt together: `by` their rankings, their 'rules', or a question's text."""
+    if by == "ranking":
+        found = [Order(r, r.answers, tuple(map(float, r.ranks))) for r in records if isinstance(r, Ranking) and r.ranks]
+    else:
+        found = _of_values(records, by)
+    if not found:
+        kinds = {"ranking"} if any(isinstance(r, Ranking) for r in records) else set()
+        kinds |= {RULES} if any(isinstance(r, Verdict) for r in records) else set()
+        kinds |= {r.question.ask for r in records if isinstance(r, Question)}
+        raise FettleError(f"feedback: no record compares answers by '{by}'; {nearest(by, kinds - {by})}")
+    first = {record.prompt_id: i for i, record in reversed(list(enumerate(records)))}
+    return sorted(found, key=lambda order: first[order.record.prompt_id])
+
+
+def _of_values(records: Sequence[Record], by: str) -> list[Order]:
+    """Two answers or more with a value, by labeler and prompt."""
+    groups: dict[tuple[str, str], dict[str, tuple[Answer, float, Record]]] = defaultdict(dict)
+    for record in records:
+        if (cost := _cost(record, by)) is None:
+            continue
+        assert isinstance(record, Question | Verdict)
+        group = groups[record.labeler, record.prompt_id]
+        before = group[record.answer.text][1] if record.answer.text in group else 0.0
+        group[record.answer.text] = (record.answer, before + cost, record)
+    return [
+        Order(next(iter(g.values()))[2], tuple(a for a, _, _ in g.values()), tuple(c for _, c, _ in g.values()))
+        for g in groups.values() if len(g) > 1
+    ]  # fmt: skip
+
+
+def _cost(record: Record, by: str) -> float | None:
+    """What a record of a single answer says of it, less is better; None where it is about something else, or says nothing."""
+    if isinstance(record, Verdict) and by == RULES and record.verdict is not None:
+        return COST[record.verdict]
+    if isinstance(record, Question) and record.question.ask == by and isinstance(record.value, bool | int | float):
+        return -float(record.value)
+    return None
+
+
+def pairs(records: Sequence[Record], by: str = "ranking", *, majority: bool = False) -> list[Pair]:
+    """Every pair of answers of which one is better, those of a prompt together; ties give none.
+
+    Each labeler's pairs stand by themselves, or with `majority` what most of them say, once.
+    """
+    votes: dict[tuple[str, str, str], list[Order]] = defaultdict(list)
+    for order in orders(records, by):
+        for i, j in order.pairs:
+            if order.places[i] != order.places[j]:
+                better, worse = (i, j) if order.places[i] < order.places[j] else (j, i)
+                key = (order.record.prompt_id, order.answers[better].text, order.answers[worse].text)
+                votes[key].append(order)
+    found: list[Pair] = []
+    for (prompt, chosen, rejected), said in votes.items():
+        opposed = len(votes.get((prompt, rejected, chosen), ()))
+        names = [order.record.labeler for order in said]
+        groups = [names] if majority else [[name] for name in names]
+        if majority and len(said) <= opposed:
+            continue
+        found += [
+            Pair(prompt, said[0].record.asked, chosen, rejected, (len(said), opposed), tuple(group))
+            for group in groups
+        ]  # fmt: skip
+    return found
+
+
+def rankings(records: Sequence[Record], by: str = "ranking") -> list[dict[str, Any]]:
+    """Every order as a row of K answers with their ranks, for objectives that take all pairs of a prompt at a time.
+
+    An order in which all tie prefers nothing and gives no row.
+    """
+    rows = []
+    for order in orders(records, by):
+        places = sorted(set(order.places))
+        if len(places) > 1:
+            ranks = [places.index(place) + 1 for place in order.places]
+            answers = [answer.text for answer in order.answers]
+            said = {"answers": answers, "ranks": ranks, "labelers": [order.record.labeler]}
+            rows.append({"prompt_id": order.record.prompt_id, **order.record.asked, **said})
+    return rows
+
+
+def labels(records: Sequence[Record], by: str) -> list[dict[str, Any]]:
+    """Single answers that are desired or not: by a yes-or-no question, or by the 'rules' (desired: none is violated).
+
+    An answer for which a labeler is unsure of a rule, and violates none, gives no row.
+    """
+    judged: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        if _cost(record, by) is not None:
+            assert isinstance(record, Question | Verdict)
+            if isinstance(record, Question) and record.question.type != "yes_no":
+                raise FettleError(
+                    f"feedback: '{by}' is no question of yes or no, so it does not say which answers are desired"
+                )
+            judged[record.labeler, record.prompt_id, record.answer.text].append(record)
+    if not judged:
+        asked = {r.question.ask for r in records if isinstance(r, Question) and r.question.type == "yes_no"}
+        asked |= {RULES} if any(isinstance(r, Verdict) for r in records) else set()
+        raise FettleError(f"feedback: no record judges a single answer by '{by}'; {nearest(by, asked - {by})}")
+    rows = []
+    for (labeler, prompt, text), said in judged.items():
+        costs = [_cost(record, by) for record in said]
+        if isinstance(said[0], Verdict) and 0.5 in costs and 1.0 not in costs:
+            continue
+        desired = max(costs) <= 0 if isinstance(said[0], Verdict) else costs[0] != 0  # type: ignore[type-var, operator]
+        given = {"completion": text, "label": desired, "labelers": [labeler]}
+        rows.append({"prompt_id": prompt, **said[0].asked, **given})
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> int:
+    """Write rows as JSONL, whole or not at all; returns their number."""
+    if path.suffix != ".jsonl":
+        raise FettleError(f"{path}: rows go to a file that ends in .jsonl")
+    write_bytes(path, b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
+    return len(rows)

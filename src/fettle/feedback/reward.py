@@ -1,0 +1,125 @@
+"""What every reward is: a number for each answer, checked before anybody learns from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fettle.core.errors import FettleError
+from fettle.core.spec import Spec, nearest
+
+if TYPE_CHECKING:
+    from fettle.generate.protocol import Engine, Prompt
+    from fettle.models.forest import Forest
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a reward cannot hold itself: opened models and engines, by the names that the recipe has for them."""
+
+    forests: Mapping[str, Forest] = field(default_factory=dict)
+    engines: Mapping[str, Engine] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """N answers to be rewarded, each with its prompt, and the facts of its row (`answer`: the right one)."""
+
+    prompts: Sequence[Prompt]
+    answers: Sequence[str]
+    means: Means
+    facts: Mapping[str, Sequence[Any]]
+
+    def fact(self, name: str, reward: str) -> Sequence[Any]:
+        """The facts of a name, one an answer; FettleError where the data has none of that name."""
+        if name not in self.facts:
+            raise FettleError(
+                f"reward '{reward}': needs the column '{name}' of the data: {nearest(name, self.facts)}"
+                if self.facts
+                else f"reward '{reward}': needs the column '{name}' of the data, which has no columns but the prompt"
+            )
+        for i, value in enumerate(self.facts[name]):
+            if value is None:
+                raise FettleError(f"reward '{reward}': the row of {self.quoted(i)} has no '{name}'")
+        return self.facts[name]
+
+    def quoted(self, i: int) -> str:
+        """Answer i as an error names it: the prompt it is for, and the answer."""
+        prompt = self.prompts[i]
+        said = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+        return f"the answer {short(self.answers[i])!r} to {short(said)!r}"
+
+
+def short(text: str, most: int = 60) -> str:
+    """A text in one line, cut to `most` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of N answers, and of each part that they are made of (by name, before its weight), for the log."""
+
+    total: list[float]
+    parts: dict[str, list[float]]
+
+
+class Reward(Spec):
+    """A number for each answer; more is better."""
+
+    def score(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], means: Means | None = None, **facts: Sequence[Any]
+    ) -> list[float]:
+        """One finite number an answer. `facts` are columns of the data, one value an answer.
+
+        FettleError where a column is missing, the count is wrong, or a number is not finite.
+        """
+        return self.scores(prompts, answers, means, **facts).total
+
+    def scores(
+        self, prompts: Sequence[Prompt], answers: Sequence[str], means: Means | None = None, **facts: Sequence[Any]
+    ) -> Scores:
+        """As `score`, with the parts of a sum."""
+        for name, column in (("prompts", prompts), *facts.items()):
+            if len(column) != len(answers):
+                raise FettleError(f"reward '{self.title}': {len(column)} {name} for {len(answers)} answers")
+        asked = Asked(prompts, answers, means or Means(), facts)
+        return self.rated(asked) if answers else Scores([], {})
+
+    @property
+    def title(self) -> str:
+        """What it is called in logs and errors."""
+        return str(self.kind)  # type: ignore[attr-defined]
+
+    def rated(self, asked: Asked) -> Scores:
+        """The scores of one answer or more, checked."""
+        found = checked(self.rate(asked), asked, self.title)
+        return Scores(found, {self.title: found})
+
+    def rate(self, asked: Asked) -> Sequence[float]:
+        """The numbers themselves; what each kind of reward is."""
+        raise NotImplementedError(f"{type(self).__name__}.rate")
+
+    def models(self) -> tuple[str, ...]:
+        """The models that `Means.forests` must have."""
+        return ()
+
+    def engines(self) -> tuple[str, ...]:
+        """The engines that `Means.engines` must have."""
+        return ()
+
+
+def checked(found: Any, asked: Asked, title: str) -> list[float]:
+    """Rewards as floats; FettleError unless they are finite numbers, one an answer."""
+    try:
+        numbers = [float(number) for number in found]
+    except (TypeError, ValueError):
+        raise FettleError(f"reward '{title}': expected a number for each answer, found {found!r:.120}") from None
+    if len(numbers) != len(asked.answers):
+        raise FettleError(f"reward '{title}': {len(numbers)} rewards for {len(asked.answers)} answers")
+    for i, number in enumerate(numbers):
+        if not math.isfinite(number):
+            raise FettleError(f"reward '{title}': the reward is {number} for {asked.quoted(i)}")
+    return numbers

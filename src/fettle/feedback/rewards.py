@@ -1,0 +1,175 @@
+"""Rewards: of a function, a pattern, a verifier of numbers, the length, a model, a judge, rules, and weighted sums of them.
+
+reward:
+  kind: sum
+  terms:
+    - {weight: 1.0, reward: {kind: number}}                      # 1 where the last number is the row's answer
+    - {weight: 0.5, reward: {kind: length, most: 80, per: 40}}   # -1 for every 40 words over 80
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fettle.core.errors import FettleError
+from fettle.core.spec import Spec, one_of
+from fettle.evaluate.metrics import WORD, best, last_number
+from fettle.feedback.functions import call
+from fettle.feedback.functions import reward_function as reward_function
+from fettle.feedback.judge import JudgeReward as JudgeReward
+from fettle.feedback.model import ModelReward as ModelReward
+from fettle.feedback.reward import Asked, Scores
+from fettle.feedback.reward import Means as Means
+from fettle.feedback.reward import Reward as Reward
+from fettle.feedback.rules import RulesReward as RulesReward
+from fettle.feedback.rules import compiled
+
+
+class FunctionReward(Reward):
+    """What a function says: a registered name, `package.module:function`, or `file.py:function`.
+
+    It is called as `f(prompts, answers, **columns)` with lists and gives a number for each answer.
+    """
+
+    kind: Literal["function"] = "function"
+    name: str
+
+    @property
+    def title(self) -> str:
+        """The function's name."""
+        return self.name
+
+    def rate(self, asked: Asked) -> Sequence[float]:
+        """One call for all answers."""
+        return call(self.name, asked.prompts, asked.answers, asked.facts)
+
+
+class RegexReward(Reward):
+    """`found` where a pattern is found in the answer, `absent` where it is not."""
+
+    kind: Literal["regex"] = "regex"
+    pattern: str
+    found: float = Field(default=1.0, allow_inf_nan=False)
+    absent: float = Field(default=0.0, allow_inf_nan=False)
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        return compiled(pattern)
+
+    def rate(self, asked: Asked) -> Sequence[float]:
+        """By search, as the pattern is."""
+        return [self.found if re.search(self.pattern, answer) else self.absent for answer in asked.answers]
+
+
+class MetricReward(Reward):
+    """A metric of evaluation against the row's answer (or answers: the one that fits best), in [0, 1]."""
+
+    kind: Literal["metric"] = "metric"
+    metric: Literal["exact", "contains", "rouge"] = "exact"
+    column: str = Field(default="answer", description="the column of the data that holds the right answer")
+
+    def rate(self, asked: Asked) -> Sequence[float]:
+        """The best over the row's answers."""
+        wanted = _references(asked, self.column, self.title)
+        return [best(self.metric, answer, right) for answer, right in zip(asked.answers, wanted, strict=True)]
+
+
+class NumberReward(Reward):
+    """The verifier of arithmetic: 1 where the last number of the answer is that of the row's answer, else 0.
+
+    "1,250.50", "-3", "6e2" and full-width digits are numbers; two are the same within one part in a million.
+    """
+
+    kind: Literal["number"] = "number"
+    column: str = Field(default="answer", description="the column of the data that holds the right number")
+
+    def rate(self, asked: Asked) -> Sequence[float]:
+        """1 or 0."""
+        wanted = _references(asked, self.column, self.title)
+        for i, right in enumerate(wanted):
+            if any(last_number(text) is None for text in right):
+                raise FettleError(
+                    f"reward '{self.title}': the column '{self.column}' has no number in {right[0]!r:.60}, for {asked.quoted(i)}"
+                )
+        return [best("number", answer, right) for answer, right in zip(asked.answers, wanted, strict=True)]
+
+
+def _references(asked: Asked, column: str, title: str) -> list[list[str]]:
+    """The right answers of each row, as texts."""
+    return [
+        [str(one) for one in (value if isinstance(value, list | tuple) else [value])]
+        for value in asked.fact(column, title)
+    ]
+
+
+class LengthReward(Reward):
+    """0 within `least` to `most` words, and -1 for every `per` words outside. A Han character is a word."""
+
+    kind: Literal["length"] = "length"
+    least: int = Field(default=1, ge=0)
+    most: int | None = Field(default=None, ge=0)
+    per: float = Field(default=10.0, gt=0, allow_inf_nan=False, description="words that cost 1")
+
+    @model_validator(mode="after")
+    def _possible(self) -> LengthReward:
+        if self.most is not None and self.most < self.least:
+            raise ValueError(f"no length is at least {self.least} and at most {self.most}")
+        return self
+
+    def rate(self, asked: Asked) -> Sequence[float]:
+        """Minus the distance to the nearest allowed length."""
+        counts = [len(WORD.findall(answer)) for answer in asked.answers]
+        most = math.inf if self.most is None else self.most
+        return [-max(self.least - n, n - most, 0) / self.per for n in counts]
+
+
+class Term(Spec):
+    """One part of a sum."""
+
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    reward: AnyReward
+
+
+class SumReward(Reward):
+    """sum_i weight_i reward_i"""
+
+    kind: Literal["sum"] = "sum"
+    terms: tuple[Term, ...] = Field(min_length=1)
+
+    def rated(self, asked: Asked) -> Scores:
+        """The weighted sum, and the parts of all terms."""
+        total = [0.0] * len(asked.answers)
+        parts: dict[str, list[float]] = {}
+        for term in self.terms:
+            scores = term.reward.rated(asked)
+            total = [t + term.weight * s for t, s in zip(total, scores.total, strict=True)]
+            for name, values in scores.parts.items():
+                parts[_unused(name, parts)] = values
+        return Scores(total, parts)
+
+    def models(self) -> tuple[str, ...]:
+        """Those of its terms, each once."""
+        return tuple(dict.fromkeys(name for term in self.terms for name in term.reward.models()))
+
+    def engines(self) -> tuple[str, ...]:
+        """Those of its terms, each once."""
+        return tuple(dict.fromkeys(name for term in self.terms for name in term.reward.engines()))
+
+
+def _unused(name: str, taken: dict[str, Any]) -> str:
+    """The name, with a number where it is taken."""
+    return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+
+
+if TYPE_CHECKING:
+    AnyReward = Reward
+else:
+    AnyReward = one_of(Reward)  # the type of a key `reward:`
+Term.model_rebuild()
+SumReward.model_rebuild()

@@ -1,0 +1,117 @@
+"""Prompts from rows of every format, and what of a row is kept for a reward."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fettle.core.errors import FettleError
+from fettle.data import DataSpec
+from fettle.data.prompts import Prompts, read_prompts
+
+ASK = {"role": "user", "content": "2 + 2?"}
+SAID = {"role": "assistant", "content": "4"}
+OPEN = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def file(folder: Path, rows: list[Any], name: str = "rows.jsonl") -> str:
+    path = folder / name
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def only(folder: Path, row: dict[str, Any], tokenizer: Any, **spec: Any) -> tuple[Any, str, Any]:
+    """(what is asked, the tokens as text, the answer) of a row."""
+    prompts = read_prompts([DataSpec(path=file(folder, [row]), **spec)], tokenizer, 100)
+    prompt = prompts.at(0)
+    return prompt.asked, tokenizer.decode(prompt.tokens.tolist()), prompt.facts.get("answer")
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"messages": [ASK]}, None),
+        ({"messages": [ASK], "answer": ["4", "four"]}, ["4", "four"]),
+        ({"messages": [ASK, SAID]}, "4"),
+        ({"messages": [ASK, SAID], "answer": "5"}, "5"),
+        ({"conversations": [{"from": "human", "value": "2 + 2?"}]}, None),
+        ({"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]}, "4"),
+        ({"instruction": "2 + 2?", "output": "4"}, "4"),
+        ({"instruction": "2 + 2?"}, None),
+        ({"prompt": [ASK], "completion": [SAID]}, "4"),
+        ({"prompt": [ASK]}, None),
+    ],
+)
+def test_a_conversation_is_asked_up_to_where_the_model_begins(
+    row: dict[str, Any], answer: Any, tmp_path: Path, tokenizer: Any
+) -> None:
+    assert only(tmp_path, row, tokenizer) == ((ASK,), OPEN, answer)
+
+
+@pytest.mark.parametrize("answer", [{}, {"completion": "4"}, {"response": "4"}, {"answer": "4"}])
+def test_a_text_is_gone_on_from_unless_it_is_a_turn(answer: dict[str, str], tmp_path: Path, tokenizer: Any) -> None:
+    row = {"prompt": "2 + 2?", **answer}
+    found = "4" if answer else None
+    assert only(tmp_path, row, tokenizer) == ("2 + 2?", "2 + 2?", found)
+    assert only(tmp_path, row, tokenizer, chat=True) == ((ASK,), OPEN, found)
+
+
+def test_a_template_says_what_is_asked_and_what_answers(tmp_path: Path, tokenizer: Any) -> None:
+    row = {"q": "2 + 2?", "a": "4"}
+    assert only(tmp_path, row, tokenizer, template="{{ q }} ||| {{ a }}") == ((ASK,), OPEN, "4")
+    assert only(tmp_path, row, tokenizer, template="{{ q }}", chat=False)[0] == "2 + 2?"
+
+
+def test_turns_before_the_question_stay(tmp_path: Path, tokenizer: Any) -> None:
+    talk = [ASK, SAID, {"role": "user", "content": "And 3 + 3?"}, {"role": "assistant", "content": "6"}]
+    asked, text, answer = only(tmp_path, {"messages": talk}, tokenizer)
+    assert asked == tuple(talk[:3]) and answer == "6" and text.endswith("And 3 + 3?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_bad_rows_are_named(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"messages": [ASK]}] * 8 + [
+        {"messages": []},
+        {"messages": [{"role": "user", "content": "long " * 90}]},
+        "{",
+    ]
+    path = file(tmp_path, rows)
+    with pytest.raises(FettleError) as error:
+        read_prompts([DataSpec(path=path)], tokenizer, 60)
+    said = str(error.value)
+    assert f"{path}: 3 of 11 rows cannot be used as prompts" in said
+    assert f"{path}:9: 'messages' is empty" in said and f"{path}:11: " in said
+    assert "tokens, and there is room for 60 before an answer of rollouts.max_tokens" in said
+    kept = read_prompts([DataSpec(path=path, max_bad=0.5)], tokenizer, 60)
+    assert (
+        kept.per_epoch == 8 and kept.counts[0].set_aside == 3 and any("3 of 11 rows set aside" in n for n in kept.notes)
+    )
+
+
+@pytest.mark.parametrize(("rows", "said"), [([], "holds no rows"), ([{"text": "a"}], "holds no prompts")])
+def test_a_source_without_prompts_is_refused(rows: list[Any], said: str, tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(FettleError, match=said):
+        read_prompts([DataSpec(path=file(tmp_path, rows))], tokenizer, 60)
+
+
+def prompts_of(folder: Path, tokenizer: Any, seed: int = 0, **spec: Any) -> Prompts:
+    one = file(folder, [{"prompt": f"a{i}"} for i in range(5)], "one.jsonl")
+    two = file(folder, [{"prompt": f"b{i}"} for i in range(3)], "two.jsonl")
+    return read_prompts([DataSpec(path=one, **spec), DataSpec(path=two, **spec)], tokenizer, 60, seed)
+
+
+def test_the_order_is_a_function_of_seed_and_place(tmp_path: Path, tokenizer: Any) -> None:
+    prompts, again, other = (prompts_of(tmp_path, tokenizer, seed) for seed in (0, 0, 1))
+    order = [prompts.at(i).asked for i in range(24)]
+    assert [again.at(i).asked for i in (23, 0, 9, 8)] == [order[i] for i in (23, 0, 9, 8)]
+    assert [other.at(i).asked for i in range(24)] != order
+    every = {f"a{i}" for i in range(5)} | {f"b{i}" for i in range(3)}
+    assert all({*order[i : i + 8]} == every for i in (0, 8, 16)) and order[:8] != order[8:16]
+
+
+def test_a_cap_bounds_an_epoch(tmp_path: Path, tokenizer: Any) -> None:
+    prompts = prompts_of(tmp_path, tokenizer, cap=2)
+    assert prompts.per_epoch == 4 and [c.per_epoch for c in prompts.counts] == [2, 2]
+    assert "one.jsonl" in str(prompts.describe()) and prompts.longest() <= 3

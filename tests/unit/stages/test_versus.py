@@ -1,0 +1,149 @@
+"""Versus: the figures of policies against their start, what is refused, a stage at the end of a recipe."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fettle.core.errors import FettleError
+from fettle.evaluate.interval import mean_interval
+from fettle.feedback import judge as judging
+from fettle.generate.request import Completion
+from fettle.stages import versus as module
+from fettle.stages.pipeline import load_recipe, run
+from fettle.stages.versus import Versus
+
+WATCHED = {
+    "kind": "sum",
+    "terms": [
+        {"weight": 1.0, "reward": {"kind": "length", "most": 1, "per": 2}},
+        {"weight": 0.0, "reward": {"kind": "regex", "pattern": "e"}},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
+    """A folder with prompts, and a policy that a stage of tuning gives: far from its start after a few large steps."""
+    folder = tmp_path_factory.mktemp("versus")
+    rows = [{"messages": [{"role": "user", "content": f"Count to {i}."}], "answer": "one"} for i in range(6)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    talks = [{"messages": [*row["messages"], {"role": "assistant", "content": "one two"}]} for row in rows]
+    (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
+    tune = {
+        "model": {"path": str(tiny_llama), "dtype": "float32"}, "edits": [{"kind": "lora", "rank": 2}],
+        "data": [{"path": str(folder / "talks.jsonl")}], "optim": {"lr": 3e-2, "steps": 12}, "batch": {"tokens": 96},
+        "output": str(folder / "sft"),
+    }  # fmt: skip
+    stages = [tune, stage(folder, str(tiny_llama))]
+    (folder / "recipe.yaml").write_text(json.dumps({"stages": stages}))
+    assert run(load_recipe(folder / "recipe.yaml")) == folder / "sft" / "artifact"
+    return folder
+
+
+def stage(folder: Path, start: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "kind": "versus", "start": start, "data": [{"path": str(folder / "prompts.jsonl")}], "reward": WATCHED,
+        "answers": 4, "max_tokens": 6, "output": str(folder / "versus"), **changes,
+    }  # fmt: skip
+
+
+def read(folder: Path, data: dict[str, Any]) -> Any:
+    (folder / "one.yaml").write_text(json.dumps(data))
+    return load_recipe(folder / "one.yaml")
+
+
+def answers(folder: Path) -> list[list[dict[str, Any]]]:
+    files = sorted((folder / "versus" / "answers").iterdir(), key=lambda f: f.name.endswith("sft.jsonl"))
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+def test_the_figures_are_those_of_the_answers(made: Path) -> None:
+    start, policy = json.loads((made / "versus" / "versus.json").read_text())["standings"]
+    of_start, of_policy = answers(made)
+    assert len(of_start) == len(of_policy) == 24 and {row["question"] for row in of_policy} == {
+        f"Count to {i}." for i in range(6)
+    }
+    for standing, rows in ((start, of_start), (policy, of_policy)):
+        assert set(standing["rewards"]) == {"reward", "length", "regex"}
+        assert standing["rewards"]["reward"]["mean"] == pytest.approx(sum(r["reward"] for r in rows) / 24)
+        assert standing["rewards"]["regex"]["mean"] == pytest.approx(sum("e" in r["answer"] for r in rows) / 24)
+        assert standing["rewards"]["reward"]["n"] == 6  # intervals are by prompt
+    by_prompt = [sum(r["kl"] for r in of_policy[i : i + 4]) / 4 for i in range(0, 24, 4)]
+    assert policy["kl"]["mean"] == pytest.approx(mean_interval(by_prompt).mean) and policy["kl"]["mean"] > 0.05
+    assert start["kl"] is None and start["wins"] is None
+    pairs = [(p["reward"], s["reward"]) for p, s in zip(of_policy, of_start, strict=True)]
+    wins = [0.5 + 0.5 * ((p > s) - (p < s)) for p, s in pairs]
+    assert policy["wins"]["rate"]["mean"] == pytest.approx(sum(wins) / 24) and policy["wins"]["wins"] == wins.count(1.0)
+
+
+def test_it_leaves_a_page_and_a_picture(made: Path) -> None:
+    page = (made / "versus" / "report.md").read_text()
+    assert "| model | reward | regex | KL, nats an answer | win rate |" in page and f"{made}/sft " in page
+    assert (made / "versus" / "versus.png").stat().st_size > 5_000
+
+
+def test_a_run_that_has_its_figures_is_not_run_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = load_recipe(made / "recipe.yaml")
+    monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("it is there"))
+    assert run(pipeline, resume=True) == made / "sft" / "artifact"
+    with pytest.raises(FettleError, match="holds figures already"):
+        run(pipeline.stages[1])
+
+
+def test_a_judge_is_asked_in_both_orders(made: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Engine:
+        def generate(self, prompts: Any, sampling: Any = None, **more: Any) -> list[Completion]:
+            asked.extend(prompts)
+            return [Completion((), "Verdict: A", (), "end") for _ in prompts]
+
+    data = stage(made, str(tiny_llama), policies=[str(made / "sft")], judge={"engine": "big"}, answers=1, output=str(made / "judged"),
+                 engines={"big": {"url": "http://localhost:1/v1", "model": "m"}})  # fmt: skip
+    monkeypatch.setattr(module, "by_judge", lambda judge, engine, *rest: judging_by(judge, rest))
+
+    def judging_by(judge: Any, rest: Any) -> Any:
+        from fettle.feedback.win_rate import by_judge
+
+        return by_judge(judge, Engine(), *rest)
+
+    run(read(made, data))
+    (_, policy) = json.loads((made / "judged" / "versus.json").read_text())["standings"]
+    assert (
+        len(asked) == 12 and policy["judged"]["flips"] + policy["judged"]["ties"] >= 6
+    )  # whoever stands first wins: all flip
+    assert policy["judged"]["rate"]["mean"] == 0.5 and judging.PAIR[:20] in str(asked[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"policies": []}, "no stage before"),
+        ({"policies": ["{start}"]}, "stands there twice"),
+        ({"policies": ["x", "x"]}, "stands there twice"),
+        ({"judge": {"engine": "big"}}, "asks the engine 'big'"),
+        ({"reward": {"kind": "judge", "judge": {"engine": "big"}}}, "asks the engine 'big'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(changes: dict[str, Any], said: str, made: Path, tiny_llama: Path) -> None:
+    changes = json.loads(json.dumps(changes).replace("{start}", str(tiny_llama)))
+    with pytest.raises(FettleError, match=said):
+        run(read(made, stage(made, str(tiny_llama), output=str(made / "no"), **changes)))
+    assert not (made / "no" / "versus.json").exists()
+
+
+def test_a_look_says_what_is_not_there_yet(made: Path, tiny_llama: Path) -> None:
+    pipeline = load_recipe(made / "recipe.yaml")
+    assert isinstance(pipeline.stages[1], Versus)
+    console = Console(file=io.StringIO())
+    report = pipeline.stages[1].look(pipeline.stages[:1], 1, console)
+    assert report.ok and report.trained == 0 and report.parameters > 0 and not report.notes
+    later = pipeline.stages[0].model_copy(update={"output": made / "later"})
+    waiting = pipeline.stages[1].model_copy(update={"start": str(made / "later")})
+    assert waiting.look([later], 1, console).notes == [f"{made}/later is not there yet"]
