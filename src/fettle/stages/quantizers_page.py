@@ -144,7 +144,11 @@ def draw_bits(rows: Sequence[Row], file: Path) -> None:
             )  # fmt: skip
             labelled.add(label)
         axis.set(xlabel="bits a weight, scales counted", yscale="log")
-        axis.set_ylabel("rise of perplexity (%)" if what == "perplexity" else "KL to the full model (nats a token)")
+        axis.set_ylabel(
+            "rise of perplexity (%, 0.001 where there is none)"
+            if what == "perplexity"
+            else "KL to the full model (nats a token)"
+        )
         axis.axhline(0.5, lw=0.8, ls=":", color="#444444") if what == "perplexity" else None
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2, which="major")

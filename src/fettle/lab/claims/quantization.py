@@ -16,6 +16,7 @@ import orjson
 
 from fettle.core.files import MANIFEST, read_json, write_json
 from fettle.evaluate import Perplexity, Results, evaluate
+from fettle.export import export
 from fettle.lab.claims.claim import CHOOSING, Claim, Found, Plan, Setting, Values, holds, spread
 from fettle.lab.corpus import documents
 from fettle.lab.rows import write_rows
@@ -69,8 +70,9 @@ def rounded_after(place: Path) -> float | None:
         forest, edits = open_model(str(place))
         if any(edit.role in ("simulates", "quantizes") for edit in edits):
             return None
-        for edit in edits:
-            edit.merge(forest.model)
+        if not (place / "model" / "config.json").exists():
+            export(forest, edits, place / "model", "hf")
+        forest, _ = open_model(str(place / "model"))
         W4A8.apply(forest.model)
         facts = read_json(place / ARTIFACT / MANIFEST)
         spec = Perplexity(**facts["recipe"]["evaluate"][0])
