@@ -10,9 +10,11 @@ process of its own, so that none inherits the memory, the warmed kernels or the 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -80,6 +82,14 @@ def in_turn(pairs: int, arms: Mapping[str, Callable[[], dict[str, Any]]]) -> dic
         for name, measure in arms.items():
             found[name].append(measure())
     return found
+
+
+def fastest(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """TRL's setting of the least time a step, as its fields; ends the benchmark where none trained."""
+    timed = [row for row in found if "seconds" in row]
+    if not timed:
+        fail(f"TRL trained with none of its settings: {json.dumps(found)}")
+    return dict(min(timed, key=lambda row: row["seconds"])["setting"])
 
 
 def say(sentence: str) -> None:
@@ -272,6 +282,29 @@ def fill(page: Path, name: str, text: str) -> None:
     if not opened or not closed:
         fail(f"{page}: has no place '<!-- {name} --> ... <!-- /{name} -->' for the figures")
     page.write_text(f"{before}{opened}\n{text.strip()}\n{closed}{after}")
+
+
+def leave(
+    asked: argparse.Namespace,
+    result: dict[str, Any],
+    section: Callable[[dict[str, Any]], str],
+    draw: Callable[[dict[str, Any], Path], None] | None = None,
+) -> None:
+    """Write the JSON and the picture, print the section, put both on the page that was asked for."""
+    asked.output.mkdir(parents=True, exist_ok=True)
+    stem = f"{result['benchmark']}-{result['device']}"
+    (asked.output / f"{stem}.json").write_text(json.dumps(result, indent=1))
+    picture = asked.output / f"{stem}.png"
+    if draw is not None:
+        draw(result, picture)
+    text = section(result)
+    print(text + "\n")
+    say(f"wrote {asked.output / stem}.json" + (" and .png" if draw is not None else ""))
+    if asked.write is not None:
+        fill(asked.write, stem, text)
+        if draw is not None:
+            shutil.copy(picture, asked.write.parent / picture.name)
+        say(f"filled '{stem}' in {asked.write}")
 
 
 def emit(result: dict[str, Any]) -> None:

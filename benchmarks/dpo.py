@@ -5,7 +5,7 @@
     python benchmarks/dpo.py --write docs/benchmarks.md
 
 fettle runs a recipe with its defaults but for batch.tokens. TRL gets the fastest of its settings, found first: all pairs of a step
-at a time or fewer, bf16 or fp32. On both sides the reference is the base with the LoRA off, computed at each step. Each
+at a time or fewer, bf16 or fp32; beside it stands TRL with the pairs of a step in one padded batch, as it runs unless one asks. On both sides the reference is the base with the LoRA off, computed at each step. Each
 measurement is a process of its own. The last line on stdout is JSON.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import dpo_arms, dpo_report
 from benchmarks.command import DATA, arguments, workplace
-from benchmarks.common import Children, emit, fail, in_turn, matmul_peak, say, serve, versions
+from benchmarks.common import Children, emit, fail, fastest, in_turn, leave, matmul_peak, say, serve, versions
 from benchmarks.dpo_arms import Setting
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
@@ -37,15 +38,8 @@ def calibrate(children: Children, job: dict[str, Any], search: tuple[int, int]) 
     job = job | {"warmup": search[0], "timed": search[1]}
     settings = [Setting(pairs, "bf16") for pairs in (1, 2, None)]
     found = children("calibrate", **job, settings=[asdict(s) for s in settings])
-    found += children("calibrate", **job, settings=[asdict(Setting(_fastest(found).pairs, "fp32"))])
-    return _fastest(found), found
-
-
-def _fastest(found: list[dict[str, Any]]) -> Setting:
-    timed = [(row["seconds"], Setting(**row["setting"])) for row in found if "seconds" in row]
-    if not timed:
-        fail(f"TRL trained with none of its settings: {json.dumps(found)}")
-    return min(timed, key=lambda pair: pair[0])[1]
+    found += children("calibrate", **job, settings=[asdict(Setting(Setting(**fastest(found)).pairs, "fp32"))])
+    return Setting(**fastest(found)), found
 
 
 def same_pairs(folder: Path, newline: int) -> list[dict[str, Any]]:
@@ -76,7 +70,7 @@ def check_run(name: str, run: dict[str, Any], steps: list[dict[str, Any]]) -> No
 def measure(
     children: Children, asked: argparse.Namespace, job: dict[str, Any], steps: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """TRL's best setting, then the two in turn."""
+    """TRL's best setting, then in turn fettle, TRL at that, and TRL with the pairs of a step in one batch."""
     say("looking for TRL's fastest setting")
     best, tried = calibrate(children, job, asked.search)
     say(f"TRL's fastest is {best}")
@@ -89,12 +83,16 @@ def measure(
         check_run("fettle", run, steps)
         return run
 
-    def theirs() -> dict[str, Any]:
-        run = children("run_trl", **job, setting=asdict(best))
+    def theirs(setting: Setting) -> dict[str, Any]:
+        run = children("run_trl", **job, setting=asdict(setting))
         check_run("TRL", run, steps)
         return run
 
-    return {"setting": best, "tried": tried, "runs": in_turn(asked.pairs, {"fettle": ours, "trl": theirs})}
+    whole = Setting(None, best.precision)
+    arms = {"fettle": ours, "trl": partial(theirs, best)}
+    if whole != best:
+        arms["trl_whole"] = partial(theirs, whole)
+    return {"setting": best, "tried": tried, "runs": in_turn(asked.pairs, arms)}
 
 
 def main() -> None:
@@ -122,7 +120,7 @@ def main() -> None:
             "matmul": max(peaks, key=lambda p: p["flops"]),
         }
         result = dpo_report.summary(asked, facts, steps, found)
-        dpo_report.leave(asked, result)
+        leave(asked, result, dpo_report.section, dpo_report.draw)
         emit(dpo_report.line(result))
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command import shown
-from benchmarks.common import Spread, closeness, fill, heading, ratios, say, steady, table
+from benchmarks.common import Spread, closeness, heading, ratios, steady, table
 from benchmarks.dpo_arms import Setting
 
 
@@ -32,6 +30,7 @@ def summary(
         "pairs_per_second": {name: Spread.of(values).plain() for name, values in rates.items()},
         "tokens_per_second": {name: Spread.of(values).plain() for name, values in tokens.items()},
         "ratio": ratios(rates["fettle"], rates["trl"]).plain(),
+        "ratio_whole": ratios(rates["fettle"], rates.get("trl_whole", rates["trl"])).plain(),
         "peak_bytes": {name: Spread.of(values).plain() for name, values in peaks.items()},
         "memory_ratio": ratios(peaks["fettle"], peaks["trl"]).plain(),
         "loss": curves, "loss_apart": closeness(curves["fettle"], curves["trl"]),
@@ -53,27 +52,12 @@ def line(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "benchmark": "dpo", "quick": result["quick"], "device": result["device"], "ratio": round(speed["median"], 3),
         "ratio_low": round(speed["low"], 3), "ratio_high": round(speed["high"], 3),
+        "ratio_whole": round(result["ratio_whole"]["median"], 3),
         "memory_ratio": round(result["memory_ratio"]["median"], 3),
         "pairs_per_second": {k: round(v["median"], 3) for k, v in result["pairs_per_second"].items()},
         "peak_mib": {k: round(v["median"] / 2**20, 1) for k, v in result["peak_bytes"].items()},
         "loss_apart": {k: round(v, 6) for k, v in result["loss_apart"].items()}, "trl_setting": result["trl_setting"],
     }  # fmt: skip
-
-
-def leave(asked: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Write the JSON and the picture, print the section, put it on the page that was asked for."""
-    asked.output.mkdir(parents=True, exist_ok=True)
-    stem = f"dpo-{asked.device}"
-    (asked.output / f"{stem}.json").write_text(json.dumps(result, indent=1))
-    picture = asked.output / f"{stem}.png"
-    draw(result, picture)
-    text = section(result, f"{stem}.png")
-    print(text + "\n")
-    say(f"wrote {asked.output / stem}.json and .png")
-    if asked.write is not None:
-        fill(asked.write, stem, text)
-        shutil.copy(picture, asked.write.parent / picture.name)
-        say(f"filled '{stem}' in {asked.write}")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -99,7 +83,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def section(result: dict[str, Any], picture: str) -> str:
+def section(result: dict[str, Any]) -> str:
     """The figures as Markdown: what was run and where, the table, the settings tried, the curves."""
     made, steps = result["made"], result["steps"]
     counts = [sum(step[key] for step in steps) for key in ("pairs", "prompt", "answers")]
@@ -111,7 +95,7 @@ def section(result: dict[str, Any], picture: str) -> str:
         f"({result['warmup']} to warm up) with {counts[0]} pairs in all, {counts[1]:,} tokens of prompts and {counts[2]:,} of answers; "
         f"{result['pairs']} measurements of each side.",
         _main_table(result), _tried(result),
-        f"![loss and margins by step, fettle and TRL]({picture})",
+        f"![loss and margins by step, fettle and TRL](dpo-{result['device']}.png)",
         f"Loss at equal pairs, steps, learning rates and starting weights: from {loss['fettle'][0]:.4f} to {loss['fettle'][-1]:.4f} "
         f"(TRL {loss['trl'][0]:.4f} to {loss['trl'][-1]:.4f}), {result['loss_apart']['mean']:.3%} apart in the mean, "
         f"{result['loss_apart']['largest']:.3%} at most.",
@@ -122,17 +106,22 @@ def section(result: dict[str, Any], picture: str) -> str:
 
 
 def _main_table(result: dict[str, Any]) -> str:
-    def row(what: str, key: str, ratio: str | None, form: str, scale: float = 1.0) -> list[str]:
-        cells = [Spread(*(x / scale for x in result[key][k].values())).text(form) for k in ("fettle", "trl")]
-        return [what, *cells, Spread(**result[ratio]).text(".2f") if ratio else ""]
+    sides = {"fettle": "fettle", "trl": "TRL, its best setting", "trl_whole": "TRL, a step's pairs in one batch"}
+    sides = {key: name for key, name in sides.items() if key in result["pairs_per_second"]}
+    over = ["fettle / TRL at its best", "fettle / TRL in one batch"][: len(sides) - 1]
+
+    def row(what: str, key: str, form: str, *ratios: str, scale: float = 1.0) -> list[str]:
+        cells = [Spread(*(x / scale for x in result[key][k].values())).text(form) for k in sides]
+        told = [Spread(**result[ratio]).text(".2f") for ratio in ratios[: len(over)]]
+        return [what, *cells, *told, *[""] * (len(over) - len(told))]
 
     rows = [
-        row("pairs/s", "pairs_per_second", "ratio", ".3f"),
-        row("useful tokens/s, a prompt once", "tokens_per_second", None, ",.0f"),
-        row("peak memory, MiB", "peak_bytes", "memory_ratio", ",.0f", 2**20),
+        row("pairs/s", "pairs_per_second", ".3f", "ratio", "ratio_whole"),
+        row("useful tokens/s, a prompt once", "tokens_per_second", ",.0f"),
+        row("peak memory, MiB", "peak_bytes", ",.0f", "memory_ratio", scale=2**20),
     ]
-    rows[0][-1] = f"**{rows[0][-1]}**"
-    return table(["median (least - most)", "fettle", "TRL, its best setting", "fettle / TRL"], rows)
+    rows[0] = [*rows[0][: -len(over)], *(f"**{cell}**" for cell in rows[0][-len(over) :])]
+    return table(["median (least - most)", *sides.values(), *over], rows)
 
 
 def _tried(result: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ of the models with uneven lengths.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from functools import partial
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import generate_arms
 from benchmarks.command import arguments, shown, workplace
-from benchmarks.common import Children, Spread, emit, fail, fill, heading, in_turn, ratios, say, serve, table, versions
+from benchmarks.common import Children, Spread, emit, fail, heading, in_turn, leave, ratios, say, serve, table, versions
 from benchmarks.generate_arms import LOADS, settings
 
 PACKAGES = ("torch", "transformers")
@@ -136,11 +135,7 @@ def main() -> None:
         found = [row for size in sizes for row in measure(children, asked, job | {"size": size})]
         facts = {"machine": where, "versions": versions(*PACKAGES), **made}
         result = summary(asked, facts, found)
-        asked.output.mkdir(parents=True, exist_ok=True)
-        (asked.output / f"generate-{asked.device}.json").write_text(json.dumps(result, indent=1))
-        print(section(result) + "\n")
-        if asked.write is not None:
-            fill(asked.write, f"generate-{asked.device}", section(result))
+        leave(asked, result, section)
         rows = {
             f"{row['size']}, {row['load']}": {
                 "ratio": {k: round(v, 3) for k, v in row["ratio"].items()}, "memory_ratio": round(row["memory_ratio"]["median"], 3),

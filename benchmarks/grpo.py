@@ -14,7 +14,6 @@ Each measurement is a process of its own. The last line on stdout is JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import grpo_arms, grpo_report
 from benchmarks.command import arguments, workplace
-from benchmarks.common import Children, emit, fail, in_turn, say, serve, versions
+from benchmarks.common import Children, emit, fail, fastest, in_turn, leave, say, serve, versions
 from benchmarks.grpo_arms import Setting
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
@@ -41,15 +40,8 @@ def calibrate(children: Children, job: dict[str, Any], search: tuple[int, int]) 
     job = job | {"warmup": search[0], "timed": search[1]}
     settings = [Setting(None, "bf16"), Setting(GROUP, "bf16")]
     found = children("calibrate", **job, settings=[asdict(s) for s in settings])
-    found += children("calibrate", **job, settings=[asdict(Setting(_fastest(found).answers, "fp32"))])
-    return _fastest(found), found
-
-
-def _fastest(found: list[dict[str, Any]]) -> Setting:
-    timed = [(row["seconds"], Setting(**row["setting"])) for row in found if "seconds" in row]
-    if not timed:
-        fail(f"TRL trained with none of its settings: {json.dumps(found)}")
-    return min(timed, key=lambda pair: pair[0])[1]
+    found += children("calibrate", **job, settings=[asdict(Setting(Setting(**fastest(found)).answers, "fp32"))])
+    return Setting(**fastest(found)), found
 
 
 def check_run(name: str, run: dict[str, Any], job: dict[str, Any]) -> None:
@@ -109,7 +101,7 @@ def main() -> None:
             "job": {k: job[k] for k in ("prompts", "max_tokens", "group", "beta")},
         }
         result = grpo_report.summary(asked, facts, found)
-        grpo_report.leave(asked, result)
+        leave(asked, result, grpo_report.section, grpo_report.draw)
         emit(grpo_report.line(result))
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command import shown
-from benchmarks.common import Spread, closeness, fill, heading, ratios, say, table
+from benchmarks.common import Spread, closeness, heading, ratios, table
 from benchmarks.grpo_arms import Setting
 
 
@@ -67,22 +65,6 @@ def line(result: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def leave(asked: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Write the JSON and the picture, print the section, put it on the page that was asked for."""
-    asked.output.mkdir(parents=True, exist_ok=True)
-    stem = f"grpo-{asked.device}"
-    (asked.output / f"{stem}.json").write_text(json.dumps(result, indent=1))
-    picture = asked.output / f"{stem}.png"
-    draw(result, picture)
-    text = section(result, f"{stem}.png")
-    print(text + "\n")
-    say(f"wrote {asked.output / stem}.json and .png")
-    if asked.write is not None:
-        fill(asked.write, stem, text)
-        shutil.copy(picture, asked.write.parent / picture.name)
-        say(f"filled '{stem}' in {asked.write}")
-
-
 def draw(result: dict[str, Any], path: Path) -> None:
     """Reward and gradient norm by step on the same answers, both sides."""
     import matplotlib
@@ -105,7 +87,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def section(result: dict[str, Any], picture: str) -> str:
+def section(result: dict[str, Any]) -> str:
     """The figures as Markdown: what was run and where, the table, the settings tried, the same answers."""
     made, job, apart = result["made"], result["job"], result["apart"]
     tokens = {name: statistics.fmean(some) / result["steps"] for name, some in result["tokens"].items()}
@@ -116,7 +98,7 @@ def section(result: dict[str, Any], picture: str) -> str:
         f"{job['prompts']} prompts x {job['group']} answers of up to {job['max_tokens']} tokens, beta {job['beta']}; a step holds "
         f"{tokens['fettle']:,.0f} tokens of answers (TRL {tokens['trl']:,.0f}, drawn by its own sampler); {result['pairs']} measurements of each side.",
         _main_table(result), _tried(result),
-        f"![reward and gradient norm by step, fettle and TRL]({picture})",
+        f"![reward and gradient norm by step, fettle and TRL](grpo-{result['device']}.png)",
         f"On fettle's answers, in fp32 and from the same weights, all {result['steps']} steps: rewards {apart['reward']['largest']:.2%} apart at most, "
         f"gradient norms {apart['grad_norm']['largest']:.3%}, divergences {result['kl_apart']:.2g} nats a token. fettle's sampler and trainer "
         f"were {result['gap']:.2g} nats a token apart at most.",

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import peft_arms, peft_report
 from benchmarks.command import arguments, workplace
-from benchmarks.common import Children, emit, fail, in_turn, say, serve, versions
+from benchmarks.common import Children, emit, fail, in_turn, leave, say, serve, versions
 from benchmarks.peft_arms import OURS, SETTINGS
 
 PACKAGES = ("torch", "transformers", "peft")
@@ -77,7 +77,7 @@ def main() -> None:
         routed = route(children, asked, job)
         facts = {"machine": where, "versions": versions(*PACKAGES), "made": made}
         result = peft_report.summary(asked, facts, trained, routed)
-        peft_report.leave(asked, result)
+        leave(asked, result, peft_report.section)
         emit(peft_report.line(result))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command import shown
-from benchmarks.common import Spread, closeness, fill, heading, ratios, say, table
+from benchmarks.common import Spread, closeness, heading, ratios, table
 from benchmarks.peft_arms import ALPHA, OURS, RANK
 
 FASTER, LEANER = 1.15, 0.80  # what is asked for: one of both, and never worse at either
@@ -89,19 +88,6 @@ def line(result: dict[str, Any]) -> dict[str, Any]:
             for count, one in result["batches"].items()
         },
     }  # fmt: skip
-
-
-def leave(asked: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Write the JSON, print the section, put it on the page that was asked for."""
-    asked.output.mkdir(parents=True, exist_ok=True)
-    stem = f"peft-{asked.device}"
-    (asked.output / f"{stem}.json").write_text(json.dumps(result, indent=1))
-    text = section(result)
-    print(text + "\n")
-    say(f"wrote {asked.output / stem}.json")
-    if asked.write is not None:
-        fill(asked.write, stem, text)
-        say(f"filled '{stem}' in {asked.write}")
 
 
 def section(result: dict[str, Any]) -> str:

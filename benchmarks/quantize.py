@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import quantize_arms, quantize_report
 from benchmarks.command import DATA, workplace
-from benchmarks.common import Children, emit, in_turn, say, serve, versions
+from benchmarks.common import Children, emit, in_turn, leave, say, serve, versions
 from benchmarks.quantize_arms import GRID
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "torchao")
@@ -115,7 +115,7 @@ def main() -> None:
         measure = {"layers": layers, "generate": generation, "quantizers": quantizers}
         found = {part: measure[part](asked, children) for part in PARTS if part in asked.only}
         result = quantize_report.summary(asked, {"machine": where, "versions": versions(*PACKAGES)}, found)
-        quantize_report.leave(asked, result)
+        leave(asked, result, quantize_report.section)
         emit(quantize_report.line(result))
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.command import shown
-from benchmarks.common import Spread, fill, heading, ratios, say, table
+from benchmarks.common import Spread, heading, ratios, table
 
 BASE = "bf16"
 NEEDED = 1.5  # int8 or int4 over bf16, one row of a large layer
@@ -99,18 +98,6 @@ def line(result: dict[str, Any]) -> dict[str, Any]:
         "benchmark": "quantize", "quick": result["quick"], "ratio": result["ratio"] and round(result["ratio"], 2),
         "load": result["load"], "speed_over_bf16": {"layers": layers, "generate": generation},
     }  # fmt: skip
-
-
-def leave(asked: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Write the JSON, print the section, put it on the page that was asked for."""
-    asked.output.mkdir(parents=True, exist_ok=True)
-    (asked.output / "quantize-cpu.json").write_text(json.dumps(result, indent=1))
-    text = section(result)
-    print(text + "\n")
-    say(f"wrote {asked.output / 'quantize-cpu.json'}")
-    if asked.write is not None:
-        fill(asked.write, "quantize-cpu", text)
-        say(f"filled 'quantize-cpu' in {asked.write}")
 
 
 def section(result: dict[str, Any]) -> str:

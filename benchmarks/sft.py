@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import sft_arms, sft_report
 from benchmarks.command import arguments, workplace
-from benchmarks.common import Children, emit, fail, in_turn, matmul_peak, say, serve, versions
+from benchmarks.common import Children, emit, fail, fastest, in_turn, leave, matmul_peak, say, serve, versions
 from benchmarks.sft_arms import Setting
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "liger-kernel", "flash-attn")
@@ -50,19 +50,16 @@ def calibrate(children: Children, job: dict[str, Any], search: tuple[int, int]) 
     job = job | {"warmup": search[0], "timed": search[1]}
     first, second = candidates(job["mode"], job["device"] == "cuda")
     found = children("calibrate", **job, settings=[asdict(s) for s in first])
-    best = _fastest(found)
+    best = _best(found)
     second = [Setting(s.layout if s.layout == "padded" or best.layout == "padded" else best.layout, s.precision,
                       best.attention, best.liger) for s in second]  # fmt: skip
     found += children("calibrate", **job, settings=[asdict(s) for s in second])
-    return _fastest(found), found
+    return _best(found), found
 
 
-def _fastest(found: list[dict[str, Any]]) -> Setting:
-    timed = [(row["seconds"], Setting(**row["setting"])) for row in found if "seconds" in row]
-    able = [pair for pair in timed if pair[1].same_training]
-    if not able:
-        fail(f"TRL trained with none of its settings: {json.dumps(found)}")
-    return min(able, key=lambda pair: pair[0])[1]
+def _best(found: list[dict[str, Any]]) -> Setting:
+    """The fastest of those that are the same training."""
+    return Setting(**fastest([row for row in found if Setting(**row["setting"]).same_training]))
 
 
 def same_examples(folder: Path) -> list[dict[str, Any]]:
@@ -144,7 +141,7 @@ def main() -> None:
             "matmul": max(peaks, key=lambda p: p["flops"]),
         }
         result = sft_report.summary(asked, facts, steps, found)
-        sft_report.leave(asked, result)
+        leave(asked, result, sft_report.section, sft_report.draw)
         emit(sft_report.line(result))
 
 

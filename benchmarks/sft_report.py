@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import time
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command import shown
-from benchmarks.common import DATA_SHEET, Spread, closeness, fill, heading, ratios, say, steady, table
+from benchmarks.common import DATA_SHEET, Spread, closeness, heading, ratios, steady, table
 from benchmarks.flops import Shape, step_flops
 from benchmarks.sft_arms import Setting
 
@@ -89,22 +87,6 @@ def line(result: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def leave(asked: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Write the JSON and the picture, print the section, put it on the page that was asked for."""
-    asked.output.mkdir(parents=True, exist_ok=True)
-    stem = f"sft-{asked.device}"
-    (asked.output / f"{stem}.json").write_text(json.dumps(result, indent=1))
-    picture = asked.output / f"{stem}.png"
-    draw(result, picture)
-    text = section(result, f"{stem}.png")
-    print(text + "\n")
-    say(f"wrote {asked.output / stem}.json and .png")
-    if asked.write is not None:
-        fill(asked.write, stem, text)
-        shutil.copy(picture, asked.write.parent / picture.name)
-        say(f"filled '{stem}' in {asked.write}")
-
-
 def draw(result: dict[str, Any], path: Path) -> None:
     """Loss against useful tokens seen, both sides, a panel for each mode."""
     import matplotlib
@@ -127,7 +109,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def section(result: dict[str, Any], picture: str) -> str:
+def section(result: dict[str, Any]) -> str:
     """The figures as Markdown: what was run and where, the table, the shares, the settings tried, the curves."""
     made = result["made"]
     parts = [
@@ -135,7 +117,7 @@ def section(result: dict[str, Any], picture: str) -> str:
         f"Llama, {made['parameters'] / 1e6:.1f}M weights ({result['size']}), {made['dtype']}; {result['data']}; "
         f"{len(result['steps'])} steps of {made['row']:,} positions ({result['warmup']} to warm up), {result['pairs']} pairs.",
         _main_table(result), _shares(result), _tried(result),
-        f"![loss against tokens seen, fettle and TRL]({picture})", _curves(result),
+        f"![loss against tokens seen, fettle and TRL](sft-{result['device']}.png)", _curves(result),
     ]  # fmt: skip
     if result["quick"]:
         parts.insert(0, "**--quick: these figures mean nothing.**")

@@ -5,6 +5,7 @@ Shapes: T tokens of a batch, S segments.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -137,6 +138,20 @@ def pack(examples: list[Example], length: int, pad: int) -> Batch:
     make = torch.from_numpy
     extra = _extra(examples, length)
     return Batch(make(tokens), make(positions), make(targets), make(weights), tuple(segments), tuple(names), extra)
+
+
+def in_rows(examples: Iterable[Example], length: int) -> Iterator[list[Example]]:
+    """Examples, in order, in groups of at most `length` tokens; a longer one stands alone."""
+    group: list[Example] = []
+    held = 0
+    for example in examples:
+        if group and held + len(example) > length:
+            yield group
+            group, held = [], 0
+        group.append(example)
+        held += len(example)
+    if group:
+        yield group
 
 
 def _extra(examples: list[Example], length: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ Which prompts a phase takes is a pure function of (seed, place): sources are mix
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -106,16 +106,22 @@ class Prompts:
         return table
 
 
-def read_prompts(specs: Sequence[DataSpec], tokenizer: Any, room: int, seed: int = 0) -> Prompts:
+def read_prompts(
+    specs: Sequence[DataSpec],
+    tokenizer: Any,
+    room: int,
+    seed: int = 0,
+    lack: Callable[[dict[str, Any]], str | None] = lambda row: None,
+) -> Prompts:
     """The prompts of all sources, in memory. A prompt of more than `room` tokens is set aside, as are bad rows.
 
-    FettleError where a source has too many of them, or none that can be used.
+    So are rows of which `lack` says why they cannot be used. FettleError where a source has too many of them, or none that can.
     """
     if not specs:
         raise FettleError("data: no source is given")
     encoder, found, notes, counts = Encoder(tokenizer), [], [], []
     for spec in specs:
-        reader = _Reader(spec, encoder, room)
+        reader = _Reader(spec, encoder, room, lack)
         reader.run(hub.rows(spec) if spec.is_hub else read(spec.path, spec.documents))
         found.append(reader.prompts)
         notes += reader.notes
@@ -131,8 +137,10 @@ def read_prompts(specs: Sequence[DataSpec], tokenizer: Any, room: int, seed: int
 class _Reader:
     """One source on its way into memory."""
 
-    def __init__(self, spec: DataSpec, encoder: Encoder, room: int) -> None:
-        self.spec, self.encoder, self.room = spec, encoder, room
+    def __init__(
+        self, spec: DataSpec, encoder: Encoder, room: int, lack: Callable[[dict[str, Any]], str | None]
+    ) -> None:
+        self.spec, self.encoder, self.room, self.lack = spec, encoder, room, lack
         self.format, self.read = "", 0
         self.prompts: list[Prompt] = []
         self.problems: list[str] = []
@@ -208,6 +216,9 @@ class _Reader:
             facts = dict(row.value or {})
             if facts.get("answer") is None and answer is not None:
                 facts["answer"] = answer
+            if why := self.lack(facts):
+                self.problems.append(f"{row.where}: {why}")
+                continue
             self.prompts.append(Prompt(row.where, plain or messages, np.array(tokens, dtype=np.int32), facts))
 
     def _templated(self, rows: Sequence[Row]) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fettle.core import FettleError
-from fettle.core.batch import IGNORE, Example, pack
+from fettle.core.batch import IGNORE, Example, in_rows, pack
 from fettle.core.files import sha256
 from fettle.data.formats import Sample, to_sample
 from fettle.data.forms import form_of
@@ -32,6 +32,7 @@ from fettle.data.template import Encoded, Encoder
 from fettle.evaluate.interval import CELLS, RESAMPLES, SCORES, Score, mean_interval, ratio_interval
 from fettle.evaluate.results import Result, Row
 from fettle.evaluate.tasks import SHOWN, Evaluation, sampled
+from fettle.models.roles import evaluating
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -175,20 +176,11 @@ def _scored(
     examples = [form.example(e, min(len(e.tokens), bound)) for e in encoded]
     length = max(ROW, *map(len, examples))
     pad = forest.tokenizer.pad_token_id or 0
-    was_training = forest.model.training
-    forest.model.eval()
-    try:
-        group: list[Example] = []
-        for example in [*examples, None]:
-            if group and (example is None or sum(map(len, group)) + len(example) > length):
-                batch = pack(group, length, pad).to(forest.device)
-                yield group, forest.scores(batch).float().cpu()
-                advance(len(group))
-                group = []
-            if example is not None:
-                group.append(example)
-    finally:
-        forest.model.train(was_training)
+    with evaluating(forest.model):
+        for group in in_rows(examples, length):
+            batch = pack(group, length, pad).to(forest.device)
+            yield group, forest.scores(batch).float().cpu()
+            advance(len(group))
 
 
 def _row(asked: Asked, metric: str, score: float, output: str, right: str) -> Row:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fettle.core import FettleError
-from fettle.core.batch import IGNORE, Batch, Example, Node, pack
+from fettle.core.batch import IGNORE, Batch, Example, Node, in_rows, pack
 from fettle.data.pairs import Dress, Pairs
 from fettle.models.encdec import start_token
+from fettle.models.roles import evaluating
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -104,9 +105,7 @@ def likelihoods(
                 f"{asked.where}: {size} tokens, and the model sees {bound} at most; shorten the row or show fewer shots"
             )
     found: list[list[tuple[float, bool]]] = [[] for _ in questions]
-    was_training = forest.model.training
-    forest.model.eval()
-    try:
+    with evaluating(forest.model):
         for group, batch in _batches(forest, questions):
             sums, tops = _by_segment(forest, batch, top)
             scored = [s for s in range(len(batch.segments)) if batch.names[s] and s in sums]
@@ -114,8 +113,6 @@ def likelihoods(
                 found[int(batch.names[s])].append((sums[s], tops[s]))
             if progress:
                 progress(group)
-    finally:
-        forest.model.train(was_training)
     return found
 
 
@@ -127,14 +124,8 @@ def _batches(forest: Forest, questions: Sequence[Question]) -> Iterator[tuple[in
         trees = [tree(asked, str(i)) for i, asked in enumerate(questions)]
     length = max(ROW, -(-max(map(len, trees), default=1) // 64) * 64)
     pad = forest.tokenizer.pad_token_id or 0
-    group: list[Example] = []
-    for example in [*trees, None]:
-        if example is None or sum(map(len, group)) + len(example) > length:
-            if group:
-                yield len(group), pack(group, length, pad).to(forest.device)
-            group = []
-        if example is not None:
-            group.append(example)
+    for group in in_rows(trees, length):
+        yield len(group), pack(group, length, pad).to(forest.device)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from fettle.core import FettleError
 from fettle.core.batch import Batch, Example, Node, pack
 from fettle.evaluate.interval import Score, ratio_interval
 from fettle.evaluate.tasks import Evaluation, sampled
+from fettle.models.roles import evaluating
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -168,15 +169,11 @@ def window_losses(forest: Forest, rows: Sequence[Window], progress: Callable[...
     pad = forest.tokenizer.pad_token_id or 0
     if progress:
         progress(0, len(rows))
-    was_training = forest.model.training
-    forest.model.eval()
     sums = []
-    try:
+    with evaluating(forest.model):
         for window in rows:
             batch = window_batch(window, length, pad)
             sums.append(-forest.logps(batch.to(forest.device)).double().sum().item())
             if progress:
                 progress(1)
-    finally:
-        forest.model.train(was_training)
     return sums

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from fettle.core import FettleError
-from fettle.core.batch import Example, pack
+from fettle.core.batch import Example, in_rows, pack
 from fettle.core.files import sha256
 from fettle.data.formats import to_sample
 from fettle.data.forms import form_of
@@ -33,6 +33,7 @@ from fettle.data.template import Encoded, Encoder
 from fettle.evaluate.interval import SCORES, Score, mean_interval
 from fettle.evaluate.results import Result, Row
 from fettle.evaluate.tasks import SHOWN, Evaluation, sampled
+from fettle.models.roles import evaluating
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -193,19 +194,10 @@ def _rewards(
     """(rewards, lengths) of each example's answers, a row of examples at a time."""
     examples = [form.example(e, len(e.tokens)) for e in encoded]
     length = max(ROW, *map(len, examples))
-    was_training = forest.model.training
-    forest.model.eval()
-    try:
-        group: list[Example] = []
-        for example in [*examples, None]:
-            if group and (example is None or sum(map(len, group)) + len(example) > length):
-                yield from _of_row(forest, group, length)
-                advance(len(group))
-                group = []
-            if example is not None:
-                group.append(example)
-    finally:
-        forest.model.train(was_training)
+    with evaluating(forest.model):
+        for group in in_rows(examples, length):
+            yield from _of_row(forest, group, length)
+            advance(len(group))
 
 
 def _of_row(forest: Forest, group: Sequence[Example], length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fettle.core import FettleError
 from fettle.core.batch import Example, Node, pack
 from fettle.models.encdec import start_token
+from fettle.models.roles import evaluating
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -131,15 +132,11 @@ def _switched_off(modules: list[nn.Module]) -> Iterator[None]:
 def _forest_logits(forest: Forest, rows: tuple[tuple[int, ...], ...]) -> Tensor:
     examples = [Example(_nodes(forest, np.array(row, np.int32)), f"probe {i}") for i, row in enumerate(rows)]
     batch = pack(examples, sum(map(len, examples)), 0).to(forest.device)
-    was_training = forest.model.training
-    forest.model.eval()
-    try:
+    with evaluating(forest.model):
         if forest.task != "causal":
             return forest.scores(batch).float().cpu()
         last = [s for i, s in enumerate(batch.segments) if all(other.parent != i for other in batch.segments)]
         return forest.logits(batch, torch.cat([torch.arange(s.start, s.stop) for s in last])).float().cpu()
-    finally:
-        forest.model.train(was_training)
 
 
 def _nodes(forest: Forest, row: np.ndarray) -> tuple[Node, ...]:
@@ -162,16 +159,12 @@ def _shunned(forest: Forest) -> int | None:
 @torch.no_grad()
 def plain_logits(model: nn.Module, rows: tuple[tuple[int, ...], ...]) -> Tensor:
     """Logits [N, V], float32, of any transformers (or peft) model on the probes; of a classifier its scores [texts, labels]."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         ids = torch.tensor(rows, device=next(model.parameters()).device)
         given = {"input_ids": ids}
         if getattr(model.config, "is_encoder_decoder", False):
             given["decoder_input_ids"] = torch.cat([ids.new_full((len(ids), 1), start_token(model)), ids], 1)
         logits: Tensor = model(**given).logits
-    finally:
-        model.train(was_training)
     return logits.reshape(-1, logits.shape[-1]).float().cpu()
 
 

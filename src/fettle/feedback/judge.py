@@ -18,7 +18,7 @@ from pydantic import Field
 
 from fettle.core.errors import FettleError
 from fettle.core.spec import Spec
-from fettle.feedback.reward import Asked, Means, Reward, short
+from fettle.feedback.reward import Asked, Means, Reward, lacks, short
 from fettle.generate import Sampling
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def ask(
 
 def verdict(text: str, form: str) -> str | None:
     """The word that the last line of a judge's text gives, in lower case; None where it gives none."""
-    lines = [line.strip(" \t*_#`\"'.>") for line in text.strip().splitlines()]
+    lines = [line.strip(" \t*_#`\"'.>[]()") for line in text.strip().splitlines()]
     lines = [line for line in lines if line]
     match = LAST[form].fullmatch(lines[-1]) if lines else None
     return match[1].lower() if match else None
@@ -194,8 +194,12 @@ class JudgeReward(Reward):
         engine = self.judge.find(asked.means)
         if self.against is None:
             return [(g - 1) / 9 for g in grade(self.judge, engine, asked.prompts, asked.answers)]
-        others = [str(other) for other in asked.fact(self.against, self.title)]
+        others = [str(other) for other in asked.facts[self.against]]
         return [c.score for c in compare(self.judge, engine, asked.prompts, asked.answers, others)]
+
+    def lack(self, row: Mapping[str, Any]) -> str | None:
+        """A row needs the answer to compare with, where there is to be one."""
+        return lacks(self.title, row, self.against) if self.against is not None else None
 
     def engines(self) -> tuple[str, ...]:
         """The judge's."""

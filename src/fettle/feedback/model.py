@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fettle.models.forest import Forest
 
 ROW = 4096  # tokens of a batch, unless an example needs more
-STEP = 256  # a batch's length is a multiple of it, so that shapes come again
+STEP = 256  # a row's length is a multiple of it, so that shapes come again
 
 
 class ModelReward(Reward):
@@ -52,8 +52,9 @@ def model_scores(
     """
     import torch
 
-    from fettle.core.batch import pack
+    from fettle.core.batch import in_rows, pack
     from fettle.data.template import Encoder
+    from fettle.models.roles import evaluating
 
     require_head(forest, name)
     paths = _encoded(Encoder(forest.tokenizer).plain(), prompts, answers, name)
@@ -65,15 +66,10 @@ def model_scores(
             )
     found: list[float] = []
     pad = forest.tokenizer.pad_token_id or 0
-    was_training = forest.model.training
-    forest.model.eval()
-    try:
-        with torch.no_grad():
-            for group in _batched(list(_examples(prompts, paths))):
-                length = -(-sum(map(len, group)) // STEP) * STEP
-                found += forest.scores(pack(group, length, pad).to(forest.device))[:, 0].float().tolist()
-    finally:
-        forest.model.train(was_training)
+    with torch.no_grad(), evaluating(forest.model):
+        for group in in_rows(_examples(prompts, paths), ROW):
+            length = -(-sum(map(len, group)) // STEP) * STEP
+            found += forest.scores(pack(group, length, pad).to(forest.device))[:, 0].float().tolist()
     return found
 
 
@@ -127,15 +123,3 @@ def _examples(prompts: Sequence[Prompt], paths: Sequence[Encoded]) -> Iterator[E
             group.append(paths[i])
             size += len(paths[i].tokens)
         yield tree(replace(joined_at(group), labels=(1.0, 0.0)))
-
-
-def _batched(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """Examples, in order, in groups that fit into a row."""
-    group: list[Example] = []
-    for example in examples:
-        if group and sum(map(len, group)) + len(example) > ROW:
-            yield group
-            group = []
-        group.append(example)
-    if group:
-        yield group

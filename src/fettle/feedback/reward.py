@@ -32,19 +32,6 @@ class Asked:
     means: Means
     facts: Mapping[str, Sequence[Any]]
 
-    def fact(self, name: str, reward: str) -> Sequence[Any]:
-        """The facts of a name, one an answer; FettleError where the data has none of that name."""
-        if name not in self.facts:
-            raise FettleError(
-                f"reward '{reward}': needs the column '{name}' of the data: {nearest(name, self.facts)}"
-                if self.facts
-                else f"reward '{reward}': needs the column '{name}' of the data, which has no columns but the prompt"
-            )
-        for i, value in enumerate(self.facts[name]):
-            if value is None:
-                raise FettleError(f"reward '{reward}': the row of {self.quoted(i)} has no '{name}'")
-        return self.facts[name]
-
     def quoted(self, i: int) -> str:
         """Answer i as an error names it: the prompt it is for, and the answer."""
         prompt = self.prompts[i]
@@ -86,6 +73,9 @@ class Reward(Spec):
             if len(column) != len(answers):
                 raise FettleError(f"reward '{self.title}': {len(column)} {name} for {len(answers)} answers")
         asked = Asked(prompts, answers, means or Means(), facts)
+        for i in range(len(answers)):
+            if why := self.lack({name: column[i] for name, column in facts.items()}):
+                raise FettleError(f"{why}, for {asked.quoted(i)}")
         return self.rated(asked) if answers else Scores([], {})
 
     @property
@@ -102,6 +92,10 @@ class Reward(Spec):
         """The numbers themselves; what each kind of reward is."""
         raise NotImplementedError(f"{type(self).__name__}.rate")
 
+    def lack(self, row: Mapping[str, Any]) -> str | None:
+        """Why answers to this row of the data cannot be rewarded; None where they can."""
+        return None
+
     def models(self) -> tuple[str, ...]:
         """The models that `Means.forests` must have."""
         return ()
@@ -109,6 +103,15 @@ class Reward(Spec):
     def engines(self) -> tuple[str, ...]:
         """The engines that `Means.engines` must have."""
         return ()
+
+
+def lacks(reward: str, row: Mapping[str, Any], column: str) -> str | None:
+    """Why a reward finds nothing in a column of a row; None where there is something."""
+    if column not in row:
+        return f"reward '{reward}': needs the column '{column}' of the data" + (
+            f": {nearest(column, row)}" if row else ", which has no columns but the prompt"
+        )
+    return f"reward '{reward}': the row has no '{column}'" if row[column] is None else None
 
 
 def checked(found: Any, asked: Asked, title: str) -> list[float]:

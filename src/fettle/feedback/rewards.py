@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fettle.core.errors import FettleError
 from fettle.core.spec import Spec, one_of
 from fettle.evaluate.metrics import WORD, best, last_number
 from fettle.feedback.functions import call
 from fettle.feedback.functions import reward_function as reward_function
 from fettle.feedback.judge import JudgeReward as JudgeReward
 from fettle.feedback.model import ModelReward as ModelReward
-from fettle.feedback.reward import Asked, Scores
+from fettle.feedback.reward import Asked, Scores, lacks
 from fettle.feedback.reward import Means as Means
 from fettle.feedback.reward import Reward as Reward
 from fettle.feedback.rules import RulesReward as RulesReward
@@ -76,8 +75,12 @@ class MetricReward(Reward):
 
     def rate(self, asked: Asked) -> Sequence[float]:
         """The best over the row's answers."""
-        wanted = _references(asked, self.column, self.title)
+        wanted = map(_references, asked.facts[self.column])
         return [best(self.metric, answer, right) for answer, right in zip(asked.answers, wanted, strict=True)]
+
+    def lack(self, row: Mapping[str, Any]) -> str | None:
+        """A row needs a right answer."""
+        return lacks(self.title, row, self.column)
 
 
 class NumberReward(Reward):
@@ -91,21 +94,20 @@ class NumberReward(Reward):
 
     def rate(self, asked: Asked) -> Sequence[float]:
         """1 or 0."""
-        wanted = _references(asked, self.column, self.title)
-        for i, right in enumerate(wanted):
-            if any(last_number(text) is None for text in right):
-                raise FettleError(
-                    f"reward '{self.title}': the column '{self.column}' has no number in {right[0]!r:.60}, for {asked.quoted(i)}"
-                )
+        wanted = map(_references, asked.facts[self.column])
         return [best("number", answer, right) for answer, right in zip(asked.answers, wanted, strict=True)]
 
+    def lack(self, row: Mapping[str, Any]) -> str | None:
+        """A row needs a number."""
+        if why := lacks(self.title, row, self.column):
+            return why
+        bare = next((text for text in _references(row[self.column]) if last_number(text) is None), None)
+        return None if bare is None else f"reward '{self.title}': '{self.column}' has no number in {bare!r:.60}"
 
-def _references(asked: Asked, column: str, title: str) -> list[list[str]]:
-    """The right answers of each row, as texts."""
-    return [
-        [str(one) for one in (value if isinstance(value, list | tuple) else [value])]
-        for value in asked.fact(column, title)
-    ]
+
+def _references(value: Any) -> list[str]:
+    """The right answers of a row, as texts."""
+    return [str(one) for one in (value if isinstance(value, list | tuple) else [value])]
 
 
 class LengthReward(Reward):
@@ -152,6 +154,10 @@ class SumReward(Reward):
             for name, values in scores.parts.items():
                 parts[_unused(name, parts)] = values
         return Scores(total, parts)
+
+    def lack(self, row: Mapping[str, Any]) -> str | None:
+        """What the first term lacks that lacks something."""
+        return next((why for term in self.terms if (why := term.reward.lack(row))), None)
 
     def models(self) -> tuple[str, ...]:
         """Those of its terms, each once."""

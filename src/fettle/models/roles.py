@@ -134,3 +134,15 @@ def _set(states: dict[Any, bool]) -> Iterator[None]:
     finally:
         for module, state in before.items():
             module.enabled = state
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -44,17 +44,18 @@ def mismatched(batch: Batch) -> Batch | None:
     if len(firsts) < 2:
         return None
     tokens, learned = batch.tokens.cpu(), (batch.targets != IGNORE).cpu()
-    prompts, ends = [], []
+    prompts, ends, marks = [], [], []
     for leaf in firsts:
         path = [batch.segments[i] for i in ancestors(batch.segments, leaf)]
         whole = torch.cat([tokens[s.start : s.stop] for s in path])
         cut = sum(s.stop - s.start for s in path[:-1]) + int(learned[path[-1].start : path[-1].stop].nonzero()[0]) + 1
         prompts.append(whole[:cut])
         ends.append(whole[cut:])
+        marks.append(learned[path[-1].stop - len(whole) + cut - 1 : path[-1].stop - 1])
     examples = []
-    for prompt, answer in zip(prompts, [ends[-1], *ends[:-1]], strict=True):
+    for prompt, answer, mark in zip(prompts, [ends[-1], *ends[:-1]], [marks[-1], *marks[:-1]], strict=True):
         weights = np.zeros(len(prompt) + len(answer), np.float32)
-        weights[len(prompt) :] = 1
+        weights[len(prompt) :] = mark.numpy()
         extra = {"ranks": np.array([1], np.float32), "example_weights": np.array(1, np.float32)}
         node = Node(torch.cat([prompt, answer]).numpy().astype(np.int32), weights)
         examples.append(Example((node,), "mismatched", extra))

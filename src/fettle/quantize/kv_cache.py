@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
+from fettle.models.roles import evaluating
 from fettle.quantize.cache import attach_cache, caches, cannot_merge
 from fettle.quantize.calibrate import Calibration, needs_text
 from fettle.quantize.grid import Grid, affine
@@ -59,13 +60,9 @@ class KVCache(Edit):
             return
         for cache in made.values():
             cache.enabled, cache.seen = False, []
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             for batch in calibration.batches:
                 calibration.forest.hidden(batch.to(calibration.forest.device))
-        finally:
-            model.train(training)
         for name, cache in made.items():
             low, high = cache.seen or (torch.full((1, 1, 1), torch.nan),) * 2
             if not torch.isfinite(low).all() or not torch.isfinite(high).all():

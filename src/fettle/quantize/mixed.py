@@ -26,6 +26,7 @@ from torch import Tensor
 from fettle.core.batch import IGNORE, Batch
 from fettle.core.errors import FettleError
 from fettle.models.forest import Forest
+from fettle.models.roles import evaluating
 from fettle.models.select import linears
 from fettle.models.surgery import replace
 from fettle.models.weight import in_out, read_weight
@@ -56,9 +57,7 @@ def sensitivities(
 
     The model is left as it was. FettleError where a layer cannot be rounded.
     """
-    training = forest.model.training
-    forest.model.eval()
-    try:
+    with evaluating(forest.model):
         full = [_logps(forest, batch) for batch in batches]
         names = list(linears(forest.model, next(iter(edits.values())).targets))
         found = []
@@ -66,8 +65,6 @@ def sensitivities(
             progress(i, len(names))
             found.append(_sensitivity(forest, name, batches, edits, full))
         return found
-    finally:
-        forest.model.train(training)
 
 
 def _sensitivity(

@@ -39,7 +39,6 @@ from fettle.objectives.answers import Answers, answer_logps
 from fettle.objectives.kto import KTO, mismatched
 from fettle.stages.artifact import find_artifact, open_model
 from fettle.train.parallel import World
-from fettle.train.validation import evaluating
 
 VERSION = 1  # raised whenever the same model and data would give otherwise
 WORDS = ("auto", "off", "cached", "copy")
@@ -63,7 +62,7 @@ def begun(forest: Forest) -> Iterator[Forest]:
         with forest.reference() as before:
             yield before
         return
-    with torch.no_grad(), roles.unrounded(forest.model), evaluating(forest.model):
+    with torch.no_grad(), roles.unrounded(forest.model), roles.evaluating(forest.model):
         yield forest
 
 

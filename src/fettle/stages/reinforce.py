@@ -149,7 +149,7 @@ class Reinforce(Recipe):
                 f"rollouts.max_tokens: {self.rollouts.max_tokens} leaves no room for a prompt in a row of {self.batch.tokens} tokens"
                 + (f" and a context of {forest.context}" if forest.context else "")
             )
-        return read_prompts(self.data, forest.tokenizer, room, self.seed)
+        return read_prompts(self.data, forest.tokenizer, room, self.seed, self.reward.lack)
 
     def rolling(
         self, people: Cast, prompts: Prompts, resume: bool = False, parent: Path | None = None

@@ -2,7 +2,7 @@
 
     reward      its mean over a policy's answers, and that of each part of a sum; weight 0 makes a part that is only watched
     win rate    of its answers over the start's: by the total reward, or by a judge in both orders (feedback/win_rate.py)
-    KL          nats an answer, of its own answers (feedback/divergence.py)
+    KL          nats an answer, of its own answers (evaluate/divergence.py)
 
 Answers are drawn at temperature 1, as the divergence is defined. Where the reward rises with the KL and a part that tells the truth
 falls, the reward is over-optimised (Gao et al. 2022, arXiv 2210.10760).
@@ -29,8 +29,8 @@ from fettle.core.files import MANIFEST, make_folder, new_file, read_json, sha256
 from fettle.core.spec import Where, refuse
 from fettle.data import DataSpec, content_hash
 from fettle.data.prompts import Prompt, read_prompts
+from fettle.evaluate.divergence import divergences
 from fettle.evaluate.interval import Score, mean_interval
-from fettle.feedback.divergence import divergences
 from fettle.feedback.judge import Judge
 from fettle.feedback.reward import Scores
 from fettle.feedback.rewards import AnyReward, Means
@@ -160,7 +160,8 @@ class Versus(Stage):
     def prompts(self, forest: Forest) -> list[Prompt]:
         """The prompts, as a model reads them."""
         room = (forest.context or 1 << 20) - self.max_tokens
-        return [p for source in read_prompts(self.data, forest.tokenizer, room, self.seed).sources for p in source]
+        read = read_prompts(self.data, forest.tokenizer, room, self.seed, self.reward.lack)
+        return [p for source in read.sources for p in source]
 
     def answered(self, forest: Forest, start: Forest, means: Means) -> Answered:
         """What a model answers, what that is worth, and how far it is from what `start` would say."""

@@ -36,10 +36,10 @@ from fettle.data.source import Corpus
 from fettle.generate.sample import Completion, Sampling, generate
 from fettle.models.critic import values_of
 from fettle.models.memory import worst_batch
+from fettle.models.roles import evaluating
 from fettle.objectives.policy import KEYS, Answers, PolicyGradient, compare, each_weight
 from fettle.train.parallel import World
 from fettle.train.phase import Phase, Tree, batch_of, parts_of, rows_of, trees
-from fettle.train.validation import evaluating
 
 ROWS = 1 << 20  # batches are numbered step * ROWS + row
 WORST = 5  # prompts that an error names

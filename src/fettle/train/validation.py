@@ -8,18 +8,16 @@ Training cannot tell whether it was taken: no gradient is made, and modes and ra
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from fettle.core.families import Objective
 from fettle.core.spec import Spec
 from fettle.data import Corpus, DataSpec
+from fettle.models.roles import evaluating
 from fettle.train.parallel import World
 from fettle.train.seeds import kept_generators, seed_all
 from fettle.train.sums import Sums
@@ -65,15 +63,3 @@ class Validation:
         world.sum(sums.tensors)
         figures = {f"{PREFIX}{key}": value for key, value in sums.means().items()}
         return figures | {f"{PREFIX}seconds": time.perf_counter() - began}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -11,6 +11,7 @@ import pytest
 from fettle.core.errors import FettleError
 from fettle.data import DataSpec
 from fettle.data.prompts import Prompts, read_prompts
+from fettle.feedback.rewards import LengthReward, NumberReward, SumReward, Term
 
 ASK = {"role": "user", "content": "2 + 2?"}
 SAID = {"role": "assistant", "content": "4"}
@@ -88,6 +89,21 @@ def test_bad_rows_are_named(tmp_path: Path, tokenizer: Any) -> None:
     assert (
         kept.per_epoch == 8 and kept.counts[0].set_aside == 3 and any("3 of 11 rows set aside" in n for n in kept.notes)
     )
+
+
+def test_rows_that_a_reward_cannot_serve_are_named_before_any_answer_is_written(tmp_path: Path, tokenizer: Any) -> None:
+    given: list[Any] = [4, ["4", "four"], None, "four"]
+    rows = [{"prompt": "2 + 2 =", "answer": answer} for answer in given]
+    path = file(tmp_path, rows)
+    reward = SumReward(terms=(Term(reward=LengthReward()), Term(reward=NumberReward())))
+    with pytest.raises(FettleError) as error:
+        read_prompts([DataSpec(path=path)], tokenizer, 60, 0, reward.lack)
+    said = str(error.value)
+    assert "3 of 4 rows cannot be used as prompts" in said
+    assert f"{path}:2: reward 'number': 'answer' has no number in 'four'" in said
+    assert f"{path}:3: reward 'number': the row has no 'answer'" in said
+    with pytest.raises(FettleError, match="needs the column 'anwser' of the data: did you mean 'answer'"):
+        read_prompts([DataSpec(path=path)], tokenizer, 60, 0, NumberReward(column="anwser").lack)
 
 
 @pytest.mark.parametrize(("rows", "said"), [([], "holds no rows"), ([{"text": "a"}], "holds no prompts")])

@@ -52,6 +52,7 @@ def longer(talk: list[dict[str, str]]) -> str:
     ("Verdict: C", "Verdict", None), ("Grade: 10", "Grade", "10"), ("Grade: 7/10", "Grade", "7"), ("Grade: 11", "Grade", None),
     ("Grade: 0", "Grade", None), ("Grade: 7.5", "Grade", None), ("Rule: not violated.", "Rule", "not violated"),
     ("Rule: unsure", "Rule", "unsure"), ("Rule: broken", "Rule", None),
+    ("Verdict: [[A]]", "Verdict", "a"), ("(Grade: 3)", "Grade", "3"),
 ])  # fmt: skip
 def test_only_a_last_line_of_the_form_is_a_verdict(text: str, form: str, word: str | None) -> None:
     assert verdict(text, form) == word

@@ -155,8 +155,8 @@ def test_mistakes_in_a_recipe(data: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(("facts", "said"), [
     ({}, "needs the column 'answer' of the data, which has no columns but the prompt"),
     ({"anwser": ["4"]}, "needs the column 'answer' of the data: did you mean 'anwser'?"),
-    ({"answer": [None]}, "the row of the answer '4' to 'How much is 2 + 2?' has no 'answer'"),
-    ({"answer": ["four"]}, "the column 'answer' has no number in 'four'"),
+    ({"answer": [None]}, "the row has no 'answer', for the answer '4' to 'How much is 2 + 2?'"),
+    ({"answer": ["four"]}, "'answer' has no number in 'four'"),
     ({"answer": ["4", "5"]}, "2 answer for 1 answers"),
 ])  # fmt: skip
 def test_columns_that_are_not_as_they_should_be(facts: dict[str, Any], said: str) -> None:

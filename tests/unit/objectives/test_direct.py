@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fettle.core.batch import Batch, Example, Node, pack
+from fettle.core.batch import IGNORE, Batch, Example, Node, pack
 from fettle.core.errors import FettleError
 from fettle.data.preference import MOST
 from fettle.objectives.answers import Answers
@@ -160,3 +160,16 @@ def test_mismatched_answers_fill_no_more_than_the_row() -> None:
     assert first == [0, 1, 2, 3, 4, 103, 101], "the first prompt, its last token, and the other's first answer"
     assert second == [0, 1, 2, 3, 101, 103, 103, 103]
     assert mismatched(pack([example("a", 3, [2], [1])], 16, 0)) is None
+
+
+def test_of_a_mismatched_answer_of_several_turns_what_the_user_says_is_not_the_model_s() -> None:
+    talk = example("a", 5, [5], [1])
+    talk.nodes[1].weights[:] = [0, 1, 1, 0, 0, 1]  # two tokens, what is said in between, one more
+    other = mismatched(pack([talk, example("b", 4, [3], [1])], 40, 7))
+    assert other is not None
+    assert Answers.of(other).lengths.tolist() == [3, 3]
+    second = other.segments[1]
+    learned = (other.targets[second.start : second.stop] != IGNORE).nonzero()[:, 0].tolist()
+    assert learned == [3 + 1, 3 + 2, 3 + 5], (
+        "of the second prompt with the first one's answer, cut off its head's token"
+    )

@@ -199,7 +199,7 @@ def three_steps(setting: Setting) -> Plan:
     path = reward_models(setting, start, PREFERRED, 80)
     arms = {
         BETTER: [f"data=[{{path: {file}}}]", "optim.steps=100"],
-        BY_DPO: [compared(setting), "objective={kind: dpo, beta: 0.3}", "optim.steps=100"],
+        BY_DPO: [compared(setting), "objective={kind: dpo, beta: 0.1}", "optim.steps=100"],
         BY_PPO: [
             *reinforced(setting, watched(path), "{kind: ppo, kl: {beta: 0.05}}", ROLLOUTS[:-1] + ", passes: 2, parts: 2}"),
             "critic={start: reward}", "optim.steps=120",
@@ -264,8 +264,9 @@ def traded(found: Found) -> list[str]:
 # Labels with noise.
 
 NOISE = (0.2, 0.4)
-LOSSES = {"dpo": "{{kind: dpo, beta: 0.3}}", "cdpo": "{{kind: cdpo, beta: 0.3, noise: {noise}}}",
-          "robust": "{{kind: robust, beta: 0.3, noise: {noise}}}"}  # fmt: skip
+NOISY_RATES = (1e-4, 3e-4, 1e-3)
+LOSSES = {"dpo": "{{kind: dpo, beta: 0.1}}", "cdpo": "{{kind: cdpo, beta: 0.1, noise: {noise}}}",
+          "robust": "{{kind: robust, beta: 0.1, noise: {noise}}}"}  # fmt: skip
 
 
 def noisy_arm(loss: str, noise: float) -> str:
@@ -282,9 +283,7 @@ def noisy(setting: Setting) -> Plan:
         arms |= {
             noisy_arm(name, noise): [data, f"objective={loss.format(noise=noise)}"] for name, loss in LOSSES.items()
         }
-    return on_requests(
-        setting, {arm: [*changes, "optim.steps=100", "optim.lr=1e-3"] for arm, changes in arms.items()}, start
-    )
+    return on_requests(setting, {arm: [*changes, "optim.steps=100"] for arm, changes in arms.items()}, start)
 
 
 def robust_to_noise(found: Found) -> list[str]:
@@ -311,7 +310,7 @@ CLAIMS = (
         plan=three_steps,
         verdict=aligned,
         shows=(*TASKS, TRUE, KL, SECONDS),
-        rates={BETTER: (1e-3, 3e-3), BY_DPO: (3e-4, 1e-3), BY_PPO: (3e-4, 1e-3)},
+        rates={BETTER: (1e-3, 3e-3, 1e-2), BY_DPO: (1e-4, 3e-4, 1e-3), BY_PPO: (2e-4, 5e-4, 1e-3)},
         measures={TRUE: true_score, KL: divergence, SECONDS: seconds},
         each=60,
     ),
@@ -334,6 +333,9 @@ CLAIMS = (
         plan=noisy,
         verdict=robust_to_noise,
         shows=TASKS,
+        rates=dict.fromkeys(
+            (noisy_arm("dpo", 0.0), *(noisy_arm(name, n) for n in NOISE for name in LOSSES)), NOISY_RATES
+        ),
         each=40,
     ),
 )

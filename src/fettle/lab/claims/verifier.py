@@ -76,7 +76,7 @@ CLAIMS = (
         plan=verified,
         verdict=lifted,
         shows=(TASK, KL),
-        rates={GRPO: (5e-4, 2e-3), BEST: (5e-4, 2e-3), CHANCE: (5e-4, 2e-3)},
+        rates=dict.fromkeys((GRPO, BEST, CHANCE), (2e-4, 5e-4, 1e-3, 2e-3)),
         measures={KL: partial(divergence, reward={"kind": "number"})},
         each=50,
     ),

@@ -7,20 +7,21 @@ Both log-probabilities are computed as in training, every prompt once for its an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from fettle.core.batch import Example, Node, pack
+from fettle.core.batch import Example, Node, in_rows, pack
 from fettle.core.errors import FettleError
+from fettle.models.roles import evaluating
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
 
 ROW = 4096  # tokens of a batch, unless an example needs more
-STEP = 256  # a batch's length is a multiple of it, so that shapes come again
+STEP = 256  # a row's length is a multiple of it, so that shapes come again
 Tokens = Sequence[int]
 
 
@@ -47,15 +48,11 @@ def log_probabilities(
     found: list[float] = []
     left = iter(answers)
     pad = forest.tokenizer.pad_token_id or 0
-    was_training = forest.model.training
-    forest.model.eval()
-    try:
-        for group in _rows([_tree(p, some) for p, some in zip(prompts, answers, strict=True)]):
+    with evaluating(forest.model):
+        for group in in_rows([_tree(p, some) for p, some in zip(prompts, answers, strict=True)], ROW):
             length = -(-sum(map(len, group)) // STEP) * STEP
             logps = forest.logps(pack(group, length, pad).to(forest.device)).double().cpu()
             found += [float(part.sum()) for part in logps.split([len(answer) for _ in group for answer in next(left)])]
-    finally:
-        forest.model.train(was_training)
     return found
 
 
@@ -69,15 +66,3 @@ def _tree(prompt: Tokens, answers: Sequence[Tokens]) -> Example:
         weights[0] = 0
         leaves.append(Node(np.array([prompt[-1], *answer], np.int32), weights, below))
     return Example((*root, *leaves))
-
-
-def _rows(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """Examples, in order, in groups that fit into a row."""
-    group: list[Example] = []
-    for example in examples:
-        if group and sum(map(len, group)) + len(example) > ROW:
-            yield group
-            group = []
-        group.append(example)
-    if group:
-        yield group

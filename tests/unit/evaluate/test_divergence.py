@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fettle.core.errors import FettleError
-from fettle.feedback import divergence as module
-from fettle.feedback.divergence import divergences, log_probabilities
+from fettle.evaluate import divergence as module
+from fettle.evaluate.divergence import divergences, log_probabilities
 from fettle.generate import Sampling, generate
 from fettle.models.forest import Forest
 from fettle.models.load import load
