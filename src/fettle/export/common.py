@@ -18,6 +18,7 @@ from fettle.core.files import MANIFEST, write_json
 from fettle.export.parity import Parity, Reference, facts, plain_logits, wide_logits, widen
 from fettle.generate.prompts import prompter
 from fettle.generate.sample import end_tokens
+from fettle.models.experts import Experts
 from fettle.models.load import base_hash, folder_of
 from fettle.models.weight import is_adapter
 from fettle.quantize.checkpoint import unpacked
@@ -50,6 +51,15 @@ def refuse_rounded_inputs(model: nn.Module) -> None:
             raise FettleError(
                 f"export: {name} rounds its activations, which a file of weights cannot say; use --to {form}"
             )
+
+
+def refuse_linear_experts(forest: Forest, form: str) -> None:
+    """FettleError where experts are linear layers, which other readers hold stacked and would not find."""
+    if any(isinstance(m, Experts) for m in forest.model.modules()):
+        raise FettleError(
+            f"export: with model.experts: linear its experts are layers of their own, which readers of {form} do not have; use --to hf, "
+            "which merges and stacks them, or keep the artifact"
+        )
 
 
 def folded(forest: Forest, edits: Sequence[Edit]) -> Any:

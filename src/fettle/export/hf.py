@@ -12,6 +12,7 @@ from fettle.core.families import Edit
 from fettle.core.files import new_folder
 from fettle.export.common import merged, save_tokenizer, write_manifest
 from fettle.export.parity import Parity, check, measure, wide_logits
+from fettle.models.experts import restack
 from fettle.models.tasks import auto_class
 from fettle.quantize.linear import requantizing
 
@@ -28,6 +29,7 @@ def export_hf(forest: Forest, edits: Sequence[Edit], folder: Path, dtype: torch.
     reference = measure(forest, dtype)
     model, written = merged(forest, edits, reference, dtype)
     costs = requantizing(forest.model, model)
+    restack(model)
     with new_folder(folder) as aside:
         model.save_pretrained(aside)  # type: ignore[operator]
         save_tokenizer(forest, aside)

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from fettle.core import FettleError
 from fettle.core.families import Edit
 from fettle.core.files import new_folder
-from fettle.export.common import finish, folded, refuse_rounded_inputs, save_tokenizer, write_manifest
+from fettle.export.common import (
+    finish,
+    folded,
+    refuse_linear_experts,
+    refuse_rounded_inputs,
+    save_tokenizer,
+    write_manifest,
+)
 from fettle.export.parity import QUANTIZED, Parity, Reference, check, measure, plain_logits, wide_logits
 from fettle.models.load import load
 from fettle.models.surgery import replace
@@ -146,6 +153,7 @@ def export_folder(
         raise FettleError(
             f"export: the model is not quantized, and {form.name} is for {form.takes}; quantize it with {form.advice}"
         )
+    refuse_linear_experts(forest, form.name)
     with unrounded(forest.model):
         reference = measure(forest, dtype)
 

@@ -20,7 +20,7 @@ from fettle.core import FettleError
 from fettle.core.families import Edit
 from fettle.core.files import new_folder, read_json, write_json
 from fettle.export import peft_ia3, peft_lora, peft_prompts
-from fettle.export.common import save_tokenizer, write_manifest
+from fettle.export.common import refuse_linear_experts, save_tokenizer, write_manifest
 from fettle.export.parity import Parity, check, measure, wide_logits
 from fettle.models.load import load
 from fettle.models.surgery import added
@@ -73,6 +73,7 @@ def export_peft(forest: Forest, edits: Sequence[Edit], folder: Path, dtype: torc
     """Write the adapter; read it back with `peft` where that is installed, else with `read_peft`, on a fresh base; compare."""
     if dtype is not None:
         raise FettleError("export: --dtype is for merged weights; a peft adapter keeps the type it was trained in")
+    refuse_linear_experts(forest, "peft")
     edit, rest = _only_one(forest, edits)
     method = _conversion(edit)
     saved = _saved_modules(forest.model, rest, [edit, *rest])

@@ -23,6 +23,7 @@ from fettle.core.errors import FettleError
 from fettle.core.files import read_json, sha256
 from fettle.models.allocator import keep_pages
 from fettle.models.encdec import JOIN
+from fettle.models.experts import unstack
 from fettle.models.forest import Forest
 from fettle.models.lean import make_lean
 from fettle.models.parts import left_out, name_body, quiet, split_other_parts
@@ -49,6 +50,8 @@ def load(spec: ModelSpec) -> Forest:
     if model.config.is_encoder_decoder and not tokenizer.chat_template:  # type: ignore[union-attr]
         tokenizer.chat_template = JOIN
     model.to(device).eval()  # type: ignore[arg-type]
+    if spec.experts == "linear":
+        unstack(model)
     make_lean(model)
     if spec.gradient_checkpointing:
         checkpoint_layers(model)

@@ -40,6 +40,10 @@ class ModelSpec(Spec):
         "auto", description="auto: bfloat16 on a GPU and on a CPU with bfloat16 units, else float32"
     )
     attention: Literal["auto", "dense", "segments", "flex", "varlen", "paths"] = "auto"
+    experts: Literal["stacked", "linear"] = Field(
+        "stacked",
+        description="of a mixture; linear: three linear layers an expert, which quantizers and adapters reach",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     gradient_checkpointing: bool = False
     config: dict[str, Any] | None = Field(

@@ -310,7 +310,7 @@ def kept(model: nn.Module, edit: WeightQuantizer, always: bool = False) -> dict[
 def describe(model: nn.Module) -> dict[str, Any]:
     """What of a model is quantized, at how many bits a weight, and how many weights of which frozen tensors are not.
 
-    Left alone are the head, embeddings, routers and fused experts, which are no linear layers. For a manifest.
+    Left alone are the head, embeddings, routers and stacked experts, which are no linear layers. For a manifest.
     """
     layers = quantized(model)
     if not layers:

@@ -197,7 +197,7 @@ def scorer(ref: str, base: Forest, share: bool) -> Forest:
     if not share:
         return open_artifact(folder, device=base.spec.device)[0]
     made = read_artifact(folder, device=base.spec.device, attention=base.spec.attention)
-    same = {"path", "revision", "config", "dtype"}
+    same = {"path", "revision", "config", "dtype", "experts"}
     if made.model.model_dump(include=same) != base.spec.model_dump(include=same):
         raise FettleError(
             f"reward: {ref} was trained on another base ('{made.model.path}', the policy is '{base.spec.path}'), so it can share "

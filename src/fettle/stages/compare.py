@@ -34,7 +34,9 @@ from fettle.generate import Sampling, generate
 from fettle.models.forest import Forest
 from fettle.models.load import load
 from fettle.stages.artifact import open_model
+from fettle.stages.labels import label
 from fettle.stages.pipeline import load_recipe
+from fettle.train.agreement import require_same
 from fettle.train.log import read_metrics
 
 Interval = tuple[float, float | None, float | None]  # mean, low, high; the mean alone where one example has no bounds
@@ -148,10 +150,8 @@ def _check_same(recipe: Path, plan: Sequence[str], place: Path) -> None:
     file = place / "artifact" / "manifest.json"
     wanted: Any = load_recipe(recipe, plan).stages[-1]
     there = validate(type(wanted), read_json(file)["recipe"], str(file))
-    if other := [key for key in type(wanted).model_fields if getattr(wanted, key) != getattr(there, key)]:
-        raise FettleError(
-            f"{place}: holds a run with another '{other[0]}'; remove the folder, or choose another output for these runs"
-        )
+    then, now = ({"recipe": stage.model_dump(mode="json")} for stage in (there, wanted))
+    require_same(place, then, now)
 
 
 def _measured(arm: str, seed: int, place: Path, latency: bool) -> Outcome:
@@ -227,7 +227,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
     names = list(dict.fromkeys(name for row in rows.values() for name in row["scores"]))
     shown = Table()
     for head in ("arm", "trained", "share", "memory", "step", *(Path(n).stem for n in names), "latency", "merged"):
-        shown.add_column(head, justify="left" if head == "arm" else "right")
+        shown.add_column(head, justify="left" if head == "arm" else "right", overflow="fold")
     for arm, row in rows.items():
         scores = [_score(row["scores"].get(name)) for name in names]
         latency = "" if row["latency"] is None else f"{row['latency']:.2f}x"
@@ -258,24 +258,25 @@ def draw(outcomes: Sequence[Outcome], file: Path) -> None:
         1, len(names) + 1, figsize=(5.4 * (len(names) + 1), 4.2), layout="constrained", squeeze=False
     )
     for axis, name in zip(axes[0], names):
-        for arm, row in rows.items():
+        for row in rows.values():
             if name in row["scores"]:
                 mean, low, high = row["scores"][name]
                 whisker = None if low is None else [[mean - low], [high - mean]]
                 axis.errorbar(row["trained"], mean, yerr=whisker, fmt="o", ms=6, lw=1.2, color="#1f4e79")
-                axis.annotate(arm, (row["trained"], mean), xytext=(6, 4), textcoords="offset points", fontsize=8)
         axis.set(xscale="log", xlabel="trained parameters", ylabel=f"score on {Path(name).stem}")
     last = axes[0][-1]
-    for arm, row in rows.items():
-        if row["step_seconds"] is None:
-            continue
+    timed = {arm: row for arm, row in rows.items() if row["step_seconds"] is not None}
+    for row in timed.values():
         last.plot(row["step_seconds"], row["peak_bytes"] / 2**20, "o", ms=6, color="#a0522d")
-        last.annotate(
-            arm, (row["step_seconds"], row["peak_bytes"] / 2**20), xytext=(6, 4), textcoords="offset points", fontsize=8
-        )
     last.set(xlabel="seconds a step (median)", ylabel="peak memory (MiB)")
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
+        axis.margins(x=0.15)
+    for axis, name in zip(axes[0], names):
+        label(
+            axis, [(row["trained"], row["scores"][name][0], arm) for arm, row in rows.items() if name in row["scores"]]
+        )
+    label(last, [(row["step_seconds"], row["peak_bytes"] / 2**20, arm) for arm, row in timed.items()])
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -44,6 +44,7 @@ from fettle.models.spec import ModelSpec
 from fettle.models.weight import count_weights
 from fettle.stages.artifact import find_artifact, open_model
 from fettle.stages.check import Report
+from fettle.stages.labels import label
 from fettle.stages.reinforce import APART
 from fettle.stages.report import table as markdown
 from fettle.stages.tune import ARTIFACT
@@ -291,11 +292,11 @@ def draw(found: Sequence[Standing], file: Path) -> None:
             axis.errorbar(
                 x, y.mean, yerr=spread, fmt="o", ms=6, lw=1.2, color="#8a8f98" if one.kl is None else "#1f4e79"
             )
-            axis.annotate(Path(one.model).name, (x, y.mean), xytext=(6, 5), textcoords="offset points", fontsize=8)
         axis.set(xlabel="KL from the start (nats an answer)", ylabel=name)
         axis.margins(x=0.18, y=0.15)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.2)
+        label(axis, [(one.kl.mean if one.kl else 0.0, one.rewards[name].mean, Path(one.model).name) for one in found])
     with new_file(file) as handle:
         figure.savefig(handle, format="png", dpi=110)
     plt.close(figure)

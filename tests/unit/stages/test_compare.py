@@ -72,5 +72,5 @@ def test_a_run_that_ended_is_read_again_only_for_its_own_recipe(tmp_path: Path) 
     console = Console(file=io.StringIO())
     (found,) = compare(recipe, {"lora": ["optim.lr=0.1"]}, tmp_path, seeds=1, first=1000, console=console)
     assert found == replace(ONE, seed=1000)
-    with pytest.raises(FettleError, match="seed-1000: holds a run with another 'optim'; remove the folder"):
+    with pytest.raises(FettleError, match="seed-1000: was written by another recipe .optim.lr: 0.1 then, 0.2 now"):
         compare(recipe, {"lora": ["optim.lr=0.2"]}, tmp_path, seeds=1, first=1000, console=console)
