@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fettle.core.errors import FettleError
 from fettle.quantize.grid import Grid, fit, group_length, levels, snapped
 
 Range = tuple[Tensor, Tensor | None]  # scale and zero
@@ -49,6 +50,44 @@ class Activations(Grid):
     def clips(self) -> bool:
         """Whether values may lie beyond the range."""
         return self.static or self.range != "minmax"
+
+
+class Ranged(nn.Module):
+    """A layer whose input may be rounded on a range that is held for ever: NaN until `hold_range`, then scalars."""
+
+    activations: Activations | None
+
+    def await_range(self, activations: Activations | None, device: torch.device) -> None:
+        """What the input is rounded on; a static range gets its place."""
+        self.activations, self._ranged = activations, False
+        if activations is not None and activations.static:
+            self.register_buffer("x_scale", torch.full((), torch.nan, device=device))
+            self.register_buffer("x_zero", None if activations.symmetric else torch.zeros((), device=device))
+
+    @property
+    def held_range(self) -> Range | None:
+        """Scale and zero of the input, scalars, where they are static."""
+        return (self.x_scale, self.x_zero) if self.activations is not None and self.activations.static else None  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def hold_range(self, scale: Tensor, zero: Tensor | None = None) -> None:
+        """Set the range of a static input: of one element each, as `ranges` or an observer finds them."""
+        self.x_scale.copy_(scale.view(()))  # type: ignore[operator]
+        if zero is not None:
+            self.x_zero.copy_(zero.view(()))  # type: ignore[operator]
+
+    def ready_range(self) -> Range | None:
+        """`held_range`, for a forward pass. FettleError where it was never set."""
+        held = self.held_range
+        if held is not None and not self._ranged:
+            if type(held[0]) is Tensor and bool(held[0].isnan()):
+                shape = " x ".join(map(str, self.weight.shape))  # type: ignore[union-attr, arg-type]
+                raise FettleError(
+                    f"activations: static: the input of a layer of {shape} has no range yet; find one on calibration text, or leave "
+                    "static out"
+                )
+            self._ranged = True
+        return held
 
 
 def range_tensors(held: Range | None) -> dict[str, Tensor]:

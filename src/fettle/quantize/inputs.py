@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from fettle.core.errors import FettleError
@@ -20,41 +19,26 @@ from fettle.core.families import Edit
 from fettle.models.select import linears
 from fettle.models.surgery import made_by, replace
 from fettle.models.weight import in_out, is_adapter, is_quantized
-from fettle.quantize.activations import Activations, Range, range_tensors, rounded
+from fettle.quantize.activations import Activations, Ranged, range_tensors, rounded
 from fettle.quantize.calibrate import Calibration, Unit
 
 
-class RoundedInput(nn.Module):
+class RoundedInput(Ranged):
     """Any linear layer whose input is rounded first."""
 
     def __init__(self, base: nn.Module, edit: RoundInputs) -> None:
         super().__init__()
         self.base, self.edit, self.enabled = base, edit, True
-        where = next(base.parameters()).device
-        if edit.grid.static:  # NaN until a range is found
-            self.register_buffer("x_scale", torch.full((), torch.nan, device=where))
-            self.register_buffer("x_zero", None if edit.grid.symmetric else torch.zeros((), device=where))
+        self.await_range(edit.grid, next(base.parameters()).device)
 
     @property
     def weight(self) -> Tensor:
         """The base's weight, for code that only looks at its type, shape or device."""
         return self.base.weight  # type: ignore[return-value]
 
-    @property
-    def held_range(self) -> Range | None:
-        """Scale and zero of the input, scalars, where they are static."""
-        return (self.x_scale, self.x_zero) if self.edit.grid.static else None  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def hold_range(self, scale: Tensor, zero: Tensor | None = None) -> None:
-        """Set the range of a static input."""
-        self.x_scale.copy_(scale.view(()))  # type: ignore[operator]
-        if zero is not None:
-            self.x_zero.copy_(zero.view(()))  # type: ignore[operator]
-
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N]."""
-        return self.base(rounded(x, self.edit.grid, self.held_range) if self.enabled else x)  # type: ignore[no-any-return]
+        return self.base(rounded(x, self.edit.grid, self.ready_range()) if self.enabled else x)  # type: ignore[no-any-return]
 
 
 class RoundInputs(Edit):

@@ -24,7 +24,7 @@ from fettle.models.allocator import release
 from fettle.models.select import linears
 from fettle.models.surgery import changed_by, is_trained, replace
 from fettle.models.weight import in_out, is_adapter, is_quantized, read_weight
-from fettle.quantize.activations import Activations, Range, range_tensors, reached
+from fettle.quantize.activations import Activations, Ranged, range_tensors, reached
 from fettle.quantize.kernels import FORMS, Held, fitting, kernel_for, pick, product, tensors
 from fettle.quantize.loftq import LoftQ
 from fettle.quantize.packed import Quantized
@@ -54,7 +54,7 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_bias, None
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(Ranged):
     """Any plain linear layer with its weight packed; the bias is kept as it is."""
 
     like: Tensor
@@ -80,11 +80,8 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", base.bias)  # type: ignore[arg-type]
         self._hold(packed)
         self.residual = residual  # B [N, r] and A [r, K] that LoftQ leaves to a LoRA
-        self.activations, self._ranged = activations, False
+        self.await_range(activations, there.device)
         self.fits = fitting(packed, activations)  # the kernels that may multiply; none: always plainly
-        if activations is not None and activations.static:  # NaN until a range is found
-            self.register_buffer("x_scale", torch.full((), torch.nan, device=there.device))
-            self.register_buffer("x_zero", None if activations.symmetric else torch.zeros((), device=there.device))
 
     @property
     def packed(self) -> Quantized:
@@ -129,18 +126,6 @@ class QuantizedLinear(nn.Module):
         """[N, K], rounded once to `dtype`."""
         return self.held.values(dtype)
 
-    @property
-    def held_range(self) -> Range | None:
-        """Scale and zero of the input, scalars, where they are static; NaN until `hold_range`."""
-        return (self.x_scale, self.x_zero) if self.activations is not None and self.activations.static else None  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def hold_range(self, scale: Tensor, zero: Tensor | None = None) -> None:
-        """Set the range of a static input: of one element each, as `activations.ranges` or an observer finds them."""
-        self.x_scale.copy_(scale.view(()))  # type: ignore[operator]
-        if zero is not None:
-            self.x_zero.copy_(zero.view(()))  # type: ignore[operator]
-
     def forward(self, x: Tensor) -> Tensor:
         """x [.., K] -> [.., N]. FettleError where the range of a static input was never set."""
         if torch.is_grad_enabled() and (x.requires_grad or self.bias is not None and self.bias.requires_grad):
@@ -149,27 +134,17 @@ class QuantizedLinear(nn.Module):
 
     def product(self, x: Tensor, learning: bool = False) -> Tensor:
         """The same without a gradient; `learning`: the backward pass will make W again, which is fastest from the portable form."""
-        kernel, range = kernel_for(self.fits, x), self.held_range
+        kernel, range = kernel_for(self.fits, x), self.ready_range()
         held = self.held  # what another thread puts in its place does not concern this call
         if kernel != "plain" and isinstance(held, Quantized):
             held = self._arranged(kernel)
         elif kernel == "plain" and learning:
             held = self.packed
-        if range is not None and not self._ranged:
-            self._require_range()
         return product(kernel, held, x, self.bias, self.activations, range)
 
     def kernel(self, rows: int = 1) -> str:
         """What multiplies so many rows in the model's type, see kernels.py: 'int8', 'int4', 'w8a8' or 'plain'."""
         return pick(self.fits, rows, self.like.dtype, self.like.device.type)
-
-    def _require_range(self) -> None:
-        if type(self.x_scale) is Tensor and bool(self.x_scale.isnan()):
-            raise FettleError(
-                f"activations: static: the input of a layer of {self.out_features} x {self.in_features} has no range yet; "
-                "find one on calibration text, or leave static out"
-            )
-        self._ranged = True
 
     def dense(self) -> nn.Module:
         """The plain layer that computes the same."""
