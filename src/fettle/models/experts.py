@@ -75,9 +75,7 @@ class Experts(nn.ModuleList):
 
 def unstack(model: nn.Module) -> None:
     """Put linear layers in the places of stacks. FettleError where there are none, or they are laid out otherwise."""
-    found = [
-        (name, m) for name, m in model.named_modules() if any(p.ndim == 3 for p in m.parameters(recurse=False))
-    ]  # fmt: skip
+    found = [(name, m) for name, m in model.named_modules() if _stacks(m)]
     if not found:
         raise FettleError(f"model.experts: {type(model).__name__} has no stacked experts; leave experts: linear out")
     for name, module in found:
@@ -93,6 +91,10 @@ def restack(model: nn.Module) -> None:
     """Put the stacks back that `unstack` took apart."""
     for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, Experts)]:
         replace(model, name, module.stacked())
+
+
+def _stacks(module: nn.Module) -> bool:
+    return "expert" in type(module).__name__.lower() and any(p.ndim == 3 for p in module.parameters(recurse=False))
 
 
 def _understood(module: Any) -> bool:
