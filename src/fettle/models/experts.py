@@ -57,7 +57,7 @@ class Experts(nn.ModuleList):
         for expert, chosen in zip(self, place.split(_loads(top_k_index, len(self))), strict=True):
             if len(chosen) or torch.is_grad_enabled():
                 y = expert(hidden_states[chosen // k]) * top_k_weights.flatten()[chosen, None]
-                out = out.index_add(0, chosen // k, y.to(out.dtype))
+                out.index_add_(0, chosen // k, y.to(out.dtype))
         return out
 
     def stacked(self) -> nn.Module:
