@@ -149,7 +149,8 @@ def test_rates_are_chosen_by_other_runs_on_other_items(ran: list[dict[str, Any]]
     assert (chosen["first"], chosen["seeds"], measured["first"], measured["seeds"]) == (1000, 1, 0, 2)
     assert "development.jsonl" in chosen["overrides"][-1] and "skills.jsonl" not in chosen["overrides"][-1]
     assert "skills.jsonl" in measured["overrides"][-1] and "development.jsonl" not in measured["overrides"][-1]
-    assert [c for c in measured["overrides"] if c.startswith("optim.steps")][-1] == "optim.steps=7"
+    for arm in measured["arms"].values():
+        assert [c for c in arm if c.startswith("optim.steps")][-1] == "optim.steps=7"
     assert list(chosen["arms"]) == ["bitfit at 0.3", "bitfit at 0.5", "bitfit at 0.4"]
     assert measured["arms"]["bitfit"][-1] == "optim.lr=0.5" and "optim.lr" not in str(measured["arms"]["full"])
     assert "bitfit: 0.5 (at the edge of what was tried)" in said.getvalue()

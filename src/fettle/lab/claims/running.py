@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,11 @@ def run(
     folder = FOLDER / (claim.name + _suffix(claim, each, changes))
     setting = Setting(folder, World.build(0), seeds, each)
     plan = claim.plan(setting)
-    overrides = [*claim.settings, *changes]
-    arms, rates = _with_rates(claim, plan, folder / "rates", overrides, console)
+    # Last of all, so that they count where an arm says otherwise.
+    plan = replace(plan, arms={arm: [*own, *changes] for arm, own in plan.arms.items()})
+    arms, rates = _with_rates(claim, plan, folder / "rates", claim.settings, console)
     outcomes = compare(
-        recipe_file(claim.recipe), arms, folder, [*overrides, _asked(plan.evaluate)], seeds, claim.latency, console
+        recipe_file(claim.recipe), arms, folder, [*claim.settings, _asked(plan.evaluate)], seeds, claim.latency, console
     )
     found = collect(claim, plan, outcomes, folder, seeds)
     verdicts = claim.verdict(found)
