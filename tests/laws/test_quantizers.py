@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fettle.core.batch import Batch, Example, Node, pack
 from fettle.core.families import Edit
+from fettle.export.packed import unrounded
 from fettle.models.forest import Forest
 from fettle.models.proof import difference
 from fettle.peft import IA3, AdaLoRA, Adapter, BitFit, LoRA, Norms, PromptTuning
@@ -120,7 +121,8 @@ def test_all_laws_of_a_quantizer(edits: tuple[Edit, ...], kind: str) -> None:
             tensor.data.copy_(kept[name])
     assert torch.equal(logits(opened), found)
 
-    assert difference(forest) < 0.2 if kind == "qwen3_moe" else difference(forest) < 1e-2, "a forest is each path alone"
+    with unrounded(forest.model):  # rounding inputs is a staircase: float32's own rounding may move a value by a step
+        assert difference(forest) < 1e-4, "a forest is each path alone"
     if not any(getattr(edit, "activations", None) for edit in edits):
         twin = copy.deepcopy(forest)
         for edit in edits:

@@ -140,6 +140,18 @@ def pack(examples: list[Example], length: int, pad: int) -> Batch:
     return Batch(make(tokens), make(positions), make(targets), make(weights), tuple(segments), tuple(names), extra)
 
 
+def without_padding(batch: Batch) -> Batch:
+    """The batch without the tail that nobody sees."""
+    if not batch.names or batch.names[-1]:
+        return batch
+    end = batch.segments[-1].start
+    tokens, positions, targets, weights = (
+        t[:end] for t in (batch.tokens, batch.positions, batch.targets, batch.weights)
+    )
+    extra = {key: value[:end] if key == "types" else value for key, value in batch.extra.items()}
+    return Batch(tokens, positions, targets, weights, batch.segments[:-1], batch.names[:-1], extra)
+
+
 def in_rows(examples: Iterable[Example], length: int) -> Iterator[list[Example]]:
     """Examples, in order, in groups of at most `length` tokens; a longer one stands alone."""
     group: list[Example] = []

@@ -25,7 +25,14 @@ from fettle.core import FettleError
 from fettle.core.families import Edit
 from fettle.core.files import new_folder
 from fettle.core.spec import nearest
-from fettle.export.common import finish, folded, refuse_rounded_inputs, save_tokenizer, write_manifest
+from fettle.export.common import (
+    finish,
+    folded,
+    refuse_linear_experts,
+    refuse_rounded_inputs,
+    save_tokenizer,
+    write_manifest,
+)
 from fettle.export.packed import Packed, Tensors, packed, save_folder, unrounded
 from fettle.export.parity import QUANTIZED, Parity, Reference, check, measure, plain_logits, wide_logits
 from fettle.models.parts import quiet
@@ -60,6 +67,7 @@ def export_bitsandbytes(
         raise FettleError(f"export: bitsandbytes needs {' and '.join(missing)}; pip install 'fettle[formats]'")
     if type is not None and type not in TYPES:
         raise FettleError(f"export: bitsandbytes has no type '{type}': {nearest(type, TYPES)}")
+    refuse_linear_experts(forest, "bitsandbytes")
     with unrounded(forest.model):
         reference = measure(forest, dtype)
     held = quantized(forest.model)

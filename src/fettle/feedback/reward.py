@@ -111,7 +111,7 @@ def lacks(reward: str, row: Mapping[str, Any], column: str) -> str | None:
         return f"reward '{reward}': needs the column '{column}' of the data" + (
             f": {nearest(column, row)}" if row else ", which has no columns but the prompt"
         )
-    return f"reward '{reward}': the row has no '{column}'" if row[column] is None else None
+    return f"reward '{reward}': the row has no '{column}'" if row[column] is None or row[column] == [] else None
 
 
 def checked(found: Any, asked: Asked, title: str) -> list[float]:

@@ -93,10 +93,11 @@ class Blockwise:
         self.at += 1
 
     def bytes(self) -> int:
-        """What the states of all batches take, as far as the first tells."""
+        """What the states of all batches take, as far as the first tells of a token."""
         if not self._forms:
             self._plain(self.batches[0])
-        return len(self.batches) * sum(s.numel() * s.element_size() for s in self._entering(self.batches[0]))
+        first_one = sum(s.numel() * s.element_size() for s in self._entering(self.batches[0]))
+        return first_one * sum(len(batch.tokens) for batch in self.batches) // len(self.batches[0].tokens)
 
     # How.
 

@@ -12,6 +12,9 @@ Shapes: T tokens, C width, I inner width, E experts, k of them a token.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fettle.core.errors import FettleError
 from fettle.models.surgery import replace
 
+_everywhere: ContextVar[bool] = ContextVar("fettle_experts_everywhere", default=False)
 STACKS = {"gate_up_proj", "down_proj"}
 
 
@@ -41,16 +45,16 @@ class Experts(nn.ModuleList):
     """The experts of a block, in the place of their stacks."""
 
     def __init__(self, stacks: Any) -> None:
-        gate, up = stacks.gate_up_proj.data.chunk(2, dim=1)
-        super().__init__(
-            Expert(*weights, stacks.act_fn) for weights in zip(gate, up, stacks.down_proj.data, strict=True)
-        )
-        self.trains = stacks.down_proj.requires_grad
+        gate, up = stacks.gate_up_proj.chunk(2, dim=1)
+        super().__init__(Expert(*weights, stacks.act_fn) for weights in zip(gate, up, stacks.down_proj, strict=True))
         del stacks.gate_up_proj, stacks.down_proj
         object.__setattr__(self, "shell", stacks)  # to be filled again; not a part of this module
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """x [T, C], the experts of each token [T, k] and their weights [T, k] -> [T, C]."""
+        if _everywhere.get():
+            top_k_index = torch.arange(len(self), device=top_k_index.device).expand(len(hidden_states), -1)
+            top_k_weights = torch.full_like(top_k_index, 1 / len(self), dtype=top_k_weights.dtype)
         k = top_k_index.shape[1]
         place = top_k_index.flatten().argsort(stable=True)  # of the T k choices, expert by expert
         out = torch.zeros_like(hidden_states)
@@ -68,9 +72,27 @@ class Experts(nn.ModuleList):
         shell: Any = self.shell
         experts: list[Any] = list(self)
         gate_up = [torch.cat([e.gate_proj.weight.data, e.up_proj.weight.data]) for e in experts]
-        shell.gate_up_proj = nn.Parameter(torch.stack(gate_up), self.trains)
-        shell.down_proj = nn.Parameter(torch.stack([e.down_proj.weight.data for e in experts]), self.trains)
+        shell.gate_up_proj = nn.Parameter(torch.stack(gate_up), experts[0].up_proj.weight.requires_grad)
+        shell.down_proj = nn.Parameter(
+            torch.stack([e.down_proj.weight.data for e in experts]), experts[0].down_proj.weight.requires_grad
+        )
         return shell  # type: ignore[no-any-return]
+
+
+def expert_ends(model: nn.Module, name: str) -> list[str]:
+    """The layers that end the experts inside of a module; none where they are stacked, or there are none."""
+    inside = model.get_submodule(name).named_modules(prefix=name)
+    return [f"{n}.{e}.down_proj" for n, module in inside if isinstance(module, Experts) for e in range(len(module))]
+
+
+@contextmanager
+def everywhere() -> Iterator[None]:
+    """Within it every token goes to every expert: for looking at layers, none of which a few tokens may then pass by."""
+    token = _everywhere.set(True)
+    try:
+        yield
+    finally:
+        _everywhere.reset(token)
 
 
 def unstack(model: nn.Module) -> None:
@@ -126,5 +148,5 @@ def _linear(weight: Tensor) -> nn.Linear:
     """A layer with a copy of the weight [N, K], so that its stack can go."""
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight = nn.Parameter(weight.clone())
+    layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     return layer

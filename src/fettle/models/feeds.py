@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fettle.core.errors import FettleError
 from fettle.models.blocks import Block, blocks, first
+from fettle.models.experts import Experts, everywhere
 from fettle.models.select import linears
 from fettle.models.surgery import is_trained
 from fettle.models.weight import in_out, read_weight
@@ -165,6 +166,7 @@ def _traced(model: nn.Module) -> dict[str, _Seen]:
     return seen
 
 
+@everywhere()
 def _run(model: Any) -> None:
     device = next(model.parameters()).device
     most = int(model.config.get_text_config().vocab_size)
@@ -217,10 +219,18 @@ def _candidates(model: nn.Module, seen: _Seen, reading: Reading) -> Iterator[Fee
             return
     order = [name for name, _ in seen.given]
     before = order[: order.index(reading.readers[0])]
+    if (expert := _expert(model, reading.readers[0])) is not None:
+        before = [name for name in before if name.startswith(expert)]  # nothing else reaches it channel by channel
     for name in reversed(dict.fromkeys(before)):
         if name not in reading.readers and _untouchable(model, [name]) is None:
             for rows, spread in _channel_maps(model, in_out(model.get_submodule(name))[1], width):
                 yield Feed(reading, name, "linear", rows, spread)
+
+
+def _expert(model: nn.Module, name: str) -> str | None:
+    """The prefix of the names of an expert's layers, where a layer is one of them."""
+    home = name.rpartition(".")[0]
+    return f"{home}." if isinstance(model.get_submodule(home.rpartition(".")[0]), Experts) else None
 
 
 def _channel_maps(model: Any, outputs: int, width: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -262,6 +272,7 @@ def _holds(model: nn.Module, seen: _Seen, feed: Feed) -> bool:
     return half > 0 and whole <= tolerance * half
 
 
+@everywhere()
 def _output(model: nn.Module, seen: _Seen) -> Tensor:
     block = model.get_submodule(seen.block.name)
     training = block.training

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.models.blocks import blocks
+from fettle.models.experts import expert_ends
 from fettle.models.select import linears
 from fettle.models.surgery import made_by, replace
 from fettle.models.weight import in_out, is_adapter, place, read_weight, write_weight
@@ -137,6 +138,8 @@ def _ends(model: nn.Module) -> tuple[list[str], list[str]]:
             ends.append(block.mlp.leave)
         elif block.mlp is not None and block.mlp.experts:
             stacks += block.mlp.experts
+        elif block.mlp is not None and block.mlp.name and (own := expert_ends(model, block.mlp.name)):
+            ends += own
         else:
             raise FettleError(f"ia3: the feed-forward part of {block.name} is not understood; name layers in 'inputs'")
     return ends, stacks

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from fettle.core.batch import Batch
+from fettle.core.batch import Batch, without_padding
 from fettle.core.errors import FettleError
 from fettle.core.files import write_bytes
 from fettle.models.allocator import release
@@ -71,7 +71,8 @@ class Calibration:
     ) -> None:  # fmt: skip
         if not batches:
             raise FettleError("calibration: there is no batch to calibrate on")
-        self.forest, self.batches, self.states, self.kept, self.place = forest, tuple(batches), states, kept, place
+        self.forest, self.states, self.kept, self.place = forest, states, kept, place
+        self.batches = tuple(map(without_padding, batches))  # padding is no text: no layer is to see it
         self.console = console or Console(stderr=True)
         self.outcomes: dict[str, Outcome] = {}
         self.left: dict[str, str] = {}  # what a method left alone, with the reason

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fettle.core.families import Edit
+from fettle.models.experts import everywhere
 from fettle.models.select import linears
 from fettle.models.weight import in_out, live_weight, place
 from fettle.quantize.activations import Activations, Range
@@ -207,7 +208,7 @@ def input_sizes(model: Any, targets: Any) -> dict[str, Tensor]:
     """Mean |x| of what each target is given when the model reads random tokens; 1 where nothing reaches it."""
     layers = linears(model, targets)
     found: dict[str, Tensor] = {}
-    with _watching(layers, found):
+    with _watching(layers, found), everywhere():
         size, device = int(model.config.get_text_config().vocab_size), next(model.parameters()).device
         ids = torch.randint(size, (1, PROBE), generator=torch.Generator().manual_seed(0)).to(device)
         training = model.training

@@ -56,11 +56,9 @@ class Watch:
         self.rows: list[Tensor] = []
 
     @torch.no_grad()
-    def see(self, x: Tensor, real: Tensor | None = None) -> None:
-        """x [.., K]; `real` bool [..], which of its tokens count."""
+    def see(self, x: Tensor) -> None:
+        """x [.., K]."""
         flat = x.detach().reshape(-1, x.shape[-1])
-        if real is not None and real.numel() == len(flat):
-            flat = flat[real.reshape(-1).to(flat.device)]
         if not len(flat):
             return
         if self.observer is not None:

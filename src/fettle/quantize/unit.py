@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fettle.core.batch import Batch
 from fettle.core.errors import FettleError
 from fettle.models.blockwise import Blockwise
+from fettle.models.experts import everywhere
 from fettle.models.feeds import identity
 from fettle.models.surgery import replace
 from fettle.models.weight import in_out, is_quantized, read_weight
@@ -42,7 +42,6 @@ class Unit:
         self.calibration, self.model, self.name, self.names, self.run = calibration, calibration.model, name, names, run
         self._seen: dict[str, Moments] = {}
         self._outputs: dict[int, list[Tensor]] = {}
-        self._real: Tensor | None = None
 
     @property
     def batches(self) -> range:
@@ -72,7 +71,7 @@ class Unit:
         watches = {name: Watch(second, observe, rows) for name in dict.fromkeys(first.values())}
         with self._hooked({name: watch.see for name, watch in watches.items()}):
             for j in self.batches:
-                self._pass(j)
+                self.outputs(j)
         device = self.calibration.forest.device
         made = {n: w.moments(in_out(self.model.get_submodule(n))[0], device) for n, w in watches.items()}
         self._seen |= {name: made[first[name]] for name in names}
@@ -145,22 +144,17 @@ class Unit:
             held.append(x)  # so that no other tensor comes to lie where it does
             groups.setdefault(identity(x), []).append(name)
 
-        with self._hooked({n: lambda x, _, n=n: see(n, x) for n in names}):
-            self._pass(0)
+        with self._hooked({n: lambda x, n=n: see(n, x) for n in names}), everywhere():
+            self.outputs(0)
         found = [tuple(dict.fromkeys(group)) for group in groups.values()]
         seen = {name for group in found for name in group}
         unique = list({group[0]: group for group in found}.values())
         return [*unique, *((name,) for name in names if name not in seen)]
 
-    @torch.no_grad()
-    def _pass(self, j: int) -> None:
-        self._real = _useful(self.calibration.batches[j])
-        self.outputs(j)
-
     @contextmanager
     def _hooked(self, eyes: dict[str, Callable[..., None]]) -> Iterator[None]:
         handles = [
-            self.model.get_submodule(name).register_forward_pre_hook(lambda _, args, eye=eye: eye(args[0], self._real))
+            self.model.get_submodule(name).register_forward_pre_hook(lambda _, args, eye=eye: eye(args[0]))
             for name, eye in eyes.items()
         ]
         try:
@@ -168,14 +162,6 @@ class Unit:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _useful(batch: Batch) -> Tensor:
-    """bool [T]: which tokens are no padding."""
-    real = torch.zeros(len(batch.tokens), dtype=torch.bool)
-    for segment, name in zip(batch.segments, batch.names, strict=True):
-        real[segment.start : segment.stop] = bool(name)
-    return real
 
 
 def family(name: str) -> str:

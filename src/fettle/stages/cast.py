@@ -198,10 +198,11 @@ def scorer(ref: str, base: Forest, share: bool) -> Forest:
         return open_artifact(folder, device=base.spec.device)[0]
     made = read_artifact(folder, device=base.spec.device, attention=base.spec.attention)
     same = {"path", "revision", "config", "dtype", "experts"}
-    if made.model.model_dump(include=same) != base.spec.model_dump(include=same):
+    theirs, ours = (spec.model_dump(include=same) for spec in (made.model, base.spec))
+    if other := next((key for key in ours if theirs.get(key) != ours[key]), None):
         raise FettleError(
-            f"reward: {ref} was trained on another base ('{made.model.path}', the policy is '{base.spec.path}'), so it can share "
-            "no weights with it; to let it read the answers as text in memory of its own, say share: false"
+            f"reward: {ref} was trained on another base ({other} '{theirs.get(other)}', the policy's is '{ours[other]}'), so it can "
+            "share no weights with it; to let it read the answers as text in memory of its own, say share: false"
         )
     with unchanged(base, f"reward: {ref}", "the policy shares"):
         bare = twin(base)

@@ -102,6 +102,7 @@ def test_rows_that_a_reward_cannot_serve_are_named_before_any_answer_is_written(
     assert "3 of 4 rows cannot be used as prompts" in said
     assert f"{path}:2: reward 'number': 'answer' has no number in 'four'" in said
     assert f"{path}:3: reward 'number': the row has no 'answer'" in said
+    assert reward.lack({"answer": []}) == "reward 'number': the row has no 'answer'"
     with pytest.raises(FettleError, match="needs the column 'anwser' of the data: did you mean 'answer'"):
         read_prompts([DataSpec(path=path)], tokenizer, 60, 0, NumberReward(column="anwser").lack)
 

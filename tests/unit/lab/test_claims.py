@@ -158,6 +158,10 @@ def test_rates_are_chosen_by_other_runs_on_other_items(ran: list[dict[str, Any]]
     assert told["rates"]["bitfit"] == {"taken": 0.5, "tried": {"0.3": 0.3, "0.5": 0.5, "0.4": 0.4}}
     assert told["figures"]["skills.jsonl"] == {"base, untuned": [0.1, 0.1], "full": [0.2, 0.2], "bitfit": [0.5, 0.5]}
     assert (folder / "verdicts.png").stat().st_size > 1000
+    running.run(claim, 2, 1, ["optim.lr=0.9"], Console(file=said))
+    assert len(ran) == 3 and all(arm[-1] == "optim.lr=0.9" for arm in ran[-1]["arms"].values())
+    with pytest.raises(FettleError, match="'evaluate' is the claim's own"):
+        running.run(claim, 2, 1, ["evaluate=[]"], Console(file=said))
     assert folder.name != "bitfit"  # a run with changes does not stand where the claim's own would
 
 

@@ -6,17 +6,22 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fettle.core.batch import Example, Node, pack
 from fettle.core.errors import FettleError
 from fettle.export import export
 from fettle.models.experts import Experts, restack, unstack
+from fettle.models.feeds import feeds
 from fettle.models.forest import Forest
-from fettle.peft import LoRA
-from fettle.quantize import RTN, Grid
+from fettle.peft import IA3, LoRA
+from fettle.quantize import AWQ, GPTQ, RTN, Grid
+from fettle.quantize.calibrate import Calibration
 from fettle.quantize.linear import describe, quantized
 from fettle.stages import load_recipe, open_model, run
 
@@ -95,6 +100,47 @@ def test_edits_reach_them() -> None:
     assert sum(p.grad is not None for n, p in model.named_parameters() if "experts" in n) == 2 * 4 * 2 * 2
 
 
+def calibrated(edit: Any) -> tuple[Any, Calibration]:
+    """Rows of 40 tokens and 24 of padding, which all go to the same experts."""
+    model = build("qwen3_moe", torch.float32, num_experts=8).requires_grad_(False)
+    unstack(model)
+    rng = np.random.default_rng(0)
+    texts = [Example((Node(rng.integers(3, 64, 40).astype(np.int32), np.ones(40, np.float32)),), "x") for _ in range(6)]
+    calibration = Calibration(Forest(model), [pack([text], 64, 0) for text in texts], console=Console(quiet=True))
+    edit.calibrate(model, calibration)
+    return model, calibration
+
+
+def test_calibration_counts_no_padding() -> None:
+    _, calibration = calibrated(GPTQ(grid=Grid(bits=4, group=8), least=1))
+    for kind in ("gate_proj", "up_proj", "down_proj"):
+        for layer in range(2):
+            seen = [calibration.outcomes[f"model.layers.{layer}.mlp.experts.{e}.{kind}"].tokens for e in range(8)]
+            assert sum(seen) == 6 * 40 * 2, "every token goes to two experts"
+
+
+def test_scales_move_through_every_expert_however_few_tokens_a_look_takes() -> None:
+    model, calibration = calibrated(AWQ(grid=Grid(bits=4, group=8), least=1, samples=2, points=4, clip=False))
+    found = {feed.readers[0]: feed.source for feed in feeds(build_apart()).found}
+    downs = [f"model.layers.{layer}.mlp.experts.{e}.down_proj" for layer in range(2) for e in range(8)]
+    assert all(found[down] == down.replace("down", "up") for down in downs)
+    assert not any("down_proj" in left for left in calibration.left)
+    assert all(f"experts.{e}.gate_proj" in " ".join(calibration.left) for e in range(8)), "what feeds them feeds more"
+
+
+def build_apart() -> Any:
+    model = build("qwen3_moe", torch.float32, num_experts=8).requires_grad_(False)
+    unstack(model)
+    return model
+
+
+def test_ia3_scales_the_inside_of_every_expert() -> None:
+    model = build_apart()
+    IA3().apply(model)
+    scaled = [name for name, p in model.named_parameters() if p.requires_grad and "experts" in name]
+    assert len(scaled) == 2 * 8 and all("down_proj" in name for name in scaled)
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [("llama", "LlamaForCausalLM has no stacked experts"), ("gpt_oss", "GptOssExperts.*not understood")],
@@ -124,7 +170,7 @@ def test_from_a_recipe_to_a_merged_folder(tmp_path: Path, tokenizer: Any) -> Non
     assert export(forest, edits, tmp_path / "merged", "hf").largest_difference < 1e-3
     plain, _ = open_model(str(tmp_path / "merged"))
     assert plain.model.get_submodule("model.layers.0.mlp.experts").gate_up_proj.shape == (4, 48, 32)
-    for form in ("peft", "compressed-tensors"):
+    for form in ("peft", "compressed-tensors", "bitsandbytes"):
         with pytest.raises(FettleError, match="its experts are layers of their own"):
             export(forest, edits, tmp_path / form, form)
     with pytest.raises(FettleError, match="no stacked experts"):

@@ -12,6 +12,7 @@ from rich.console import Console
 from fettle.core.errors import FettleError
 from fettle.core.files import write_json
 from fettle.stages.compare import Outcome, compare, draw, pick, place_of, read_arms, summary
+from fettle.stages.labels import label
 from fettle.stages.pipeline import load_recipe
 from fettle.stages.recipes import recipe_file
 
@@ -61,6 +62,26 @@ def test_a_picture_is_drawn_with_and_without_scores(tmp_path: Path) -> None:
     draw([ONE, replace(ONE, arm="full", trained=100)], tmp_path / "with.png")
     draw([replace(ONE, scores={})], tmp_path / "without.png")
     assert (tmp_path / "with.png").stat().st_size > 5000 and (tmp_path / "without.png").stat().st_size > 5000
+
+
+def test_names_beside_points_do_not_cover_each_other(tmp_path: Path) -> None:
+    import matplotlib.pyplot as plt
+    from matplotlib.text import Text
+
+    figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+    points = [(10.0, 0.5, f"an arm {i}") for i in range(6)] + [
+        (0.0, 0.5, "not on a log axis"),
+        (1000.0, 0.5, "at the right edge"),
+    ]
+    axis.plot([x for x, *_ in points], [y for _, y, _ in points], "o")
+    axis.set(xscale="log")
+    label(axis, points)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axis.texts]  # without their lines
+    assert [text.get_text() for text in axis.texts].count("not on a log axis") == 0 and len(boxes) == 7
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(box.x1 <= figure.bbox.x1 + 1 for box in boxes)
+    plt.close(figure)
 
 
 def test_a_run_that_ended_is_read_again_only_for_its_own_recipe(tmp_path: Path) -> None:

@@ -50,8 +50,13 @@ def run(
     folder = FOLDER / (claim.name + _suffix(claim, each, changes))
     setting = Setting(folder, World.build(0), seeds, each)
     plan = claim.plan(setting)
+    for key in ("evaluate", "seed", "output"):
+        if any(change.startswith((f"{key}=", f"{key}.")) for change in changes):
+            raise FettleError(f"lab: {claim.name}: '{key}' is the claim's own, so --set cannot change it")
     # Last of all, so that they count where an arm says otherwise.
     plan = replace(plan, arms={arm: [*own, *changes] for arm, own in plan.arms.items()})
+    if any(change.startswith("optim.lr=") for change in changes):
+        claim = replace(claim, rates={})
     arms, rates = _with_rates(claim, plan, folder / "rates", claim.settings, console)
     outcomes = compare(
         recipe_file(claim.recipe), arms, folder, [*claim.settings, _asked(plan.evaluate)], seeds, claim.latency, console
