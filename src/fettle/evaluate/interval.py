@@ -40,6 +40,12 @@ class Score:
         return "n/a" if self.low is None else f"{self.low:{form}}{between}{self.high:{form}}"
 
 
+def whisker(mean: float, low: float | None, high: float | None) -> list[list[float]]:
+    """What matplotlib's errorbar takes: lengths below and above, 0 without bounds, never below 0 by a rounding."""
+    ends = (mean if low is None else low, mean if high is None else high)
+    return [[max(0.0, mean - ends[0])], [max(0.0, ends[1] - mean)]]
+
+
 def mean_interval(
     values: Sequence[float],
     seed: int = 0,

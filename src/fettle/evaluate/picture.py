@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fettle.core.files import write_bytes
-from fettle.evaluate.interval import Score
+from fettle.evaluate.interval import Score, whisker
 
 COLOURS = ("#8a8f98", "#1f6feb", "#d97706", "#0f9d76")
 MOST = 30  # rows of one picture
@@ -81,12 +81,11 @@ def _of_model(axes: Any, groups: Sequence[Group], rows: Sequence[float], number:
     label: str | None = name
     for at, score in mine:
         at += (number - (len(models) - 1) / 2) * thick
-        low, high = (score.mean if edge is None else edge for edge in (score.low, score.high))
-        whisker = [[max(0.0, score.mean - low)], [max(0.0, high - score.mean)]]
+        spread = whisker(score.mean, score.low, score.high)
         axes.barh(at, score.mean, thick * 0.9, color=COLOURS[number % len(COLOURS)], label=label)
-        axes.errorbar(score.mean, at, xerr=whisker, fmt="none", ecolor="#222222", capsize=2, linewidth=1)
+        axes.errorbar(score.mean, at, xerr=spread, fmt="none", ecolor="#222222", capsize=2, linewidth=1)
         axes.annotate(
-            f"{score.mean:.2f}", (max(high, score.mean), at), (5, 0), textcoords="offset points", va="center",
+            f"{score.mean:.2f}", (score.mean + spread[1][0], at), (5, 0), textcoords="offset points", va="center",
             fontsize=7, color="#333333",
         )  # fmt: skip
         label = None  # one bar names the colour

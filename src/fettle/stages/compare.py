@@ -30,6 +30,7 @@ from fettle.core.errors import FettleError
 from fettle.core.files import read_json, write_json
 from fettle.core.spec import nearest
 from fettle.evaluate import Results
+from fettle.evaluate.interval import whisker
 from fettle.generate import Sampling, generate
 from fettle.models.forest import Forest
 from fettle.models.load import load
@@ -261,8 +262,9 @@ def draw(outcomes: Sequence[Outcome], file: Path) -> None:
         for row in rows.values():
             if name in row["scores"]:
                 mean, low, high = row["scores"][name]
-                whisker = None if low is None else [[mean - low], [high - mean]]
-                axis.errorbar(row["trained"], mean, yerr=whisker, fmt="o", ms=6, lw=1.2, color="#1f4e79")
+                axis.errorbar(
+                    row["trained"], mean, yerr=whisker(mean, low, high), fmt="o", ms=6, lw=1.2, color="#1f4e79"
+                )
         axis.set(xscale="log", xlabel="trained parameters", ylabel=f"score on {Path(name).stem}")
     last = axes[0][-1]
     timed = {arm: row for arm, row in rows.items() if row["step_seconds"] is not None}

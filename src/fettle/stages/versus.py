@@ -30,7 +30,7 @@ from fettle.core.spec import Where, refuse
 from fettle.data import DataSpec, content_hash
 from fettle.data.prompts import Prompt, read_prompts
 from fettle.evaluate.divergence import divergences
-from fettle.evaluate.interval import Score, mean_interval
+from fettle.evaluate.interval import Score, mean_interval, whisker
 from fettle.feedback.judge import Judge
 from fettle.feedback.reward import Scores
 from fettle.feedback.rewards import AnyReward, Means
@@ -288,9 +288,14 @@ def draw(found: Sequence[Standing], file: Path) -> None:
     for axis, name in zip(axes[0], names, strict=True):
         for one in found:
             x, y = one.kl.mean if one.kl else 0.0, one.rewards[name]
-            spread = None if y.low is None else [[y.mean - y.low], [y.high - y.mean]]  # type: ignore[operator]
             axis.errorbar(
-                x, y.mean, yerr=spread, fmt="o", ms=6, lw=1.2, color="#8a8f98" if one.kl is None else "#1f4e79"
+                x,
+                y.mean,
+                yerr=whisker(y.mean, y.low, y.high),
+                fmt="o",
+                ms=6,
+                lw=1.2,
+                color="#8a8f98" if one.kl is None else "#1f4e79",
             )
         axis.set(xlabel="KL from the start (nats an answer)", ylabel=name)
         axis.margins(x=0.18, y=0.15)

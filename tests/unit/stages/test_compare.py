@@ -61,6 +61,8 @@ def test_a_summary_has_the_interval_of_one_run_and_the_span_of_several() -> None
 def test_a_picture_is_drawn_with_and_without_scores(tmp_path: Path) -> None:
     draw([ONE, replace(ONE, arm="full", trained=100)], tmp_path / "with.png")
     draw([replace(ONE, scores={})], tmp_path / "without.png")
+    same = [replace(ONE, seed=seed, scores={"held.jsonl": (0.22627737226277372, 0.1, 0.3)}) for seed in range(3)]
+    draw(same, tmp_path / "same.png")  # whose mean is not quite their least
     assert (tmp_path / "with.png").stat().st_size > 5000 and (tmp_path / "without.png").stat().st_size > 5000
 
 

@@ -201,7 +201,7 @@ def draw(scores: Scores, what: str, file: Path) -> None:
         axis.plot([float(np.mean(values))], [y], "|", color="#1f4e79", ms=22, mew=3)
     axis.set_yticks(range(len(scores)), list(reversed(list(scores))))
     axis.set_xlabel(f"score on {Path(what).stem}" if what.endswith(".jsonl") else what)
-    axis.set_xlim(left=0)
+    axis.set(xlim=(0, None), ylim=(-0.5, len(scores) - 0.5))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="x", alpha=0.2)
     figure.savefig(file, dpi=110)
