@@ -191,11 +191,13 @@ def refer(forest: Forest, objective: Any, corpora: list[Corpus]) -> None:
 
 
 def identity_of(forest: Forest, parent: Path | None, edits: Any, seed: int) -> list[Any]:
-    """All that decides what the model is before the first step, where the own edits cannot be switched off: they too."""
+    """All that decides what the model is before the first step: of the own edits those that are not switched off for it."""
     spec = forest.spec
     base = spec.model_dump(mode="json", include={"path", "revision", "config", "seed", "task", "labels", "experts"})
     hashed = base_hash(folder_of(spec.path, spec.revision)) if spec.config is None else None
-    own = [e.model_dump(mode="json") for e in edits] + [seed] if roles.obstacle(forest.model) else []
+    off = [] if roles.obstacle(forest.model) else roles.trained(forest.model)
+    rest = [e.model_dump(mode="json") for e in edits if not any(e is o or e == o for o in off)]
+    own = [*rest, seed] if rest else []
     return [base, hashed, str(forest.model.dtype), parent and sha256(parent / MANIFEST), own]
 
 
