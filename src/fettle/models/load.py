@@ -20,7 +20,7 @@ from torch import nn
 
 import fettle
 from fettle.core.errors import FettleError
-from fettle.core.files import read_json, sha256
+from fettle.core.files import MANIFEST, read_json, sha256
 from fettle.models.allocator import keep_pages
 from fettle.models.encdec import JOIN
 from fettle.models.experts import unstack
@@ -113,6 +113,11 @@ def folder_of(path: str, revision: str | None = None, needs: str = "config.json"
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / needs).is_file():
+            if any((place / MANIFEST).is_file() for place in (folder, folder / "artifact")):
+                raise FettleError(
+                    f"{folder}: what a run left, and no model of its own; put the stage behind that run's in one recipe, or merge it first "
+                    f"with 'fettle export {folder} --to hf'"
+                )
             raise FettleError(f"{folder}: no {needs} in it, so it is not the folder of a {_WHAT[needs]}")
         return folder
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):

@@ -289,3 +289,12 @@ def test_a_spec_of_random_weights_can_be_read_again_from_a_manifest() -> None:
     dumped = spec.model_dump(mode="json")
     assert "path" not in dumped and ModelSpec.model_validate(dumped) == spec
     assert ModelSpec.model_validate(ModelSpec().model_dump(mode="json")) == ModelSpec()
+
+
+@pytest.mark.parametrize("inside", ["", "artifact"])
+def test_what_a_run_left_is_no_model(inside: str, tmp_path: Path) -> None:
+    place = tmp_path / "run" / inside
+    place.mkdir(parents=True)
+    (place / "manifest.json").write_text("{}")
+    with pytest.raises(FettleError, match="run: what a run left, .*'fettle export .*run --to hf'"):
+        loading.folder_of(str(tmp_path / "run"))
