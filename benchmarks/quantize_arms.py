@@ -211,6 +211,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
 
 def quantizer(job: dict[str, Any]) -> dict[str, Any]:
     """How long a method takes for a model, what it holds at most beside it, and how many layers fell back."""
+    import torch
     from rich.console import Console
 
     from fettle.data import DataSpec
@@ -225,6 +226,8 @@ def quantizer(job: dict[str, Any]) -> dict[str, Any]:
         [DataSpec(path=str(folder / "messages.jsonl"))], forest.tokenizer, job["length"], seed=0, cache=folder / "cache"
     )
     batches = [corpus.batch(i) for i in range(job["samples"])]
+    with torch.no_grad():  # weights are pages of the file until somebody reads them
+        forest.hidden(batches[0])
     before, dense = resident(), weight_bytes(forest.model)
     reset_peak()
     with open(os.devnull, "w") as nowhere:
