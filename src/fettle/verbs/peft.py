@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fettle.verbs.arguments import Overrides, RecipePath
+from fettle.verbs.arguments import ArmsFile, OnlyArms, Overrides, RecipePath
 
 app = typer.Typer(no_args_is_help=True, help="The parameter-efficient family.")
 
@@ -16,10 +16,8 @@ app = typer.Typer(no_args_is_help=True, help="The parameter-efficient family.")
 def peft_compare(
     recipe: RecipePath,
     overrides: Overrides = None,
-    arms: Annotated[
-        Path | None, typer.Option(help="a file of arms: what each changes in the recipe; default: every method")
-    ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="only this arm; may be given several times")] = None,
+    arms: ArmsFile = None,
+    only: OnlyArms = None,
     seeds: Annotated[int, typer.Option(help="how many seeds")] = 1,
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the runs and findings")] = Path(
         "runs/compare"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from fettle.verbs.arguments import Overrides, RecipePath
+from fettle.verbs.arguments import ArmsFile, OnlyArms, Overrides, RecipePath
 
 
 class RecipeFirst(typer.core.TyperGroup):
@@ -41,10 +41,8 @@ def quantize_run(
 def quantize_compare(
     recipe: RecipePath,
     overrides: Overrides = None,
-    arms: Annotated[
-        Path | None, typer.Option(help="a file of arms: what each changes in the recipe; default: every method")
-    ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="only this arm; may be given several times")] = None,
+    arms: ArmsFile = None,
+    only: OnlyArms = None,
     seeds: Annotated[int, typer.Option(help="how many seeds, of calibration text and of training")] = 1,
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the runs and findings")] = Path(
         "runs/quantizers"
