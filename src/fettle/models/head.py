@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 32 << 20  # of float32 logits alive at once
+KEEP_BYTES = 64 << 20  # of slopes [N, V] kept for the backward pass of a head that trains; more are computed again
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Head:
         """Log-probabilities float32 [N] of targets int64 [N] after hidden [N, C], a chunk of rows at a time."""
         if _is_plain(self.module):
             weight, bias = self.module.weight, self.module.bias
-            trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+            trains = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in (weight, bias))
             function = _TrainedHead if trains else _FrozenHead
             return function.apply(hidden, weight, bias, targets, self)  # type: ignore[no-any-return]
         pieces = [
@@ -83,12 +84,12 @@ def _picked(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.log_softmax(-1, dtype=_wide(logits.dtype)).gather(1, targets[:, None])[:, 0]
 
 
-def _slope(logits: Tensor, logps: Tensor, targets: Tensor, head: Head) -> Tensor:
+def _slope(logits: Tensor, logps: Tensor, targets: Tensor, head: Head, out: Tensor | None = None) -> Tensor:
     """[n, V]: the gradient of each row's log-probability by the raw logits, but for `scale`: onehot - softmax.
 
     At the target it is 1 - p, taken from the exact log-probability: p itself may round to 1.
     """
-    d = logits.softmax(-1).neg_()
+    d = torch.softmax(logits, -1, out=out).neg_()
     d[torch.arange(len(d), device=d.device), targets] = torch.expm1(logps).neg_().to(d.dtype)  # scatter_ copies d
     return d if head.softcap is None else d.mul_(1 - (logits / head.softcap).square_())
 
@@ -121,35 +122,53 @@ class _FrozenHead(torch.autograd.Function):
 
 
 class _TrainedHead(torch.autograd.Function):
-    """The same where the head itself has a gradient: the backward pass computes each chunk's logits again."""
+    """The same where the head itself has a gradient: with slopes d [N, V] and a row's cotangent g,
+
+    dx = g (d W), dW = d' (g x), db = d' g. Slopes are kept where they are few; else each chunk's are computed again.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Tensor:
         logps = hidden.new_empty(len(hidden), dtype=_wide(hidden.dtype))
+        keeps = len(hidden) * len(weight) * hidden.element_size() <= KEEP_BYTES
+        slopes = hidden.new_empty(len(hidden), len(weight)) if keeps else None
         for at in chunks(len(hidden), len(weight), hidden.device):
-            logps[at] = _picked(head.finish(nn.functional.linear(hidden[at], weight, bias)), targets[at])
-        ctx.save_for_backward(hidden, weight, bias, targets, logps)
+            logits = head.finish(nn.functional.linear(hidden[at], weight, bias))
+            logps[at] = _picked(logits, targets[at])
+            if slopes is not None:
+                _slope(logits, logps[at], targets[at], head, slopes[at])
+        ctx.save_for_backward(hidden, weight, bias, targets, logps, slopes)
         ctx.head = head
         return logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, logps = ctx.saved_tensors
+        hidden, weight, bias, targets, logps, slopes = ctx.saved_tensors
         head: Head = ctx.head
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=logps.dtype) if wants_weight else None
-        d_bias = torch.zeros_like(bias, dtype=logps.dtype) if wants_bias else None
-        for at in chunks(len(hidden), len(weight), hidden.device):
-            logits = head.finish(nn.functional.linear(hidden[at], weight, bias))
-            d = _slope(logits, logps[at], targets[at], head).mul_((grad[at, None] * head.scale).to(logits.dtype))
-            if d_bias is not None:
-                d_bias += d.sum(0, dtype=d_bias.dtype)
+        d_weight = d_bias = None
+        g = (grad * head.scale)[:, None]
+        scaled = (g * hidden).to(hidden.dtype)
+        whole = [slice(0, len(hidden))]
+        for at in chunks(len(hidden), len(weight), hidden.device) if slopes is None else whole:
+            d = slopes
+            if d is None:
+                logits = head.finish(nn.functional.linear(hidden[at], weight, bias))
+                d = _slope(logits, logps[at], targets[at], head)
             if d_hidden is not None:
                 torch.mm(d, weight, out=d_hidden[at])
-            if d_weight is not None:
-                d_weight += d.t() @ hidden[at]
+            if wants_weight:
+                d_weight = _plus(d_weight, d.t() @ scaled[at])
+            if wants_bias:
+                d_bias = _plus(d_bias, (d.t() @ g[at].to(d.dtype))[:, 0])
+        d_hidden = None if d_hidden is None else (g * d_hidden).to(hidden.dtype)
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-        d_bias = None if d_bias is None else d_bias.to(bias.dtype)
+        d_bias = None if d_bias is None else d_bias.to(weight.dtype)
         return d_hidden, d_weight, d_bias, None, None
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    """A sum of several parts is float32 or wider."""
+    return part if total is None else total.to(_wide(part.dtype)).add_(part)

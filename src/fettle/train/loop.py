@@ -1,8 +1,8 @@
 """The one loop. Every optimizer step is a pure function of the state before it and of its index.
 
 for each step:  sum the objective over the step's batches, backward on each sum
-                divide the gradient by the step's whole count   (so accumulation and sharding change nothing)
-                add the gradient of the edits' penalties
+                add the gradient of the edits' penalties times the step's whole count
+                divide by that count   (so accumulation and sharding change nothing)
                 clip, update the masters, publish them to the weights, let the edits act
 """
 
@@ -166,17 +166,17 @@ def run_step(job: Job, step: int, masters: Masters, optimizer: torch.optim.Optim
         raise FettleError(
             f"step {step + 1}: no weight received a gradient; the edits train nothing that the objective reaches"
         )
-    torch._foreach_mul_(gradients, 1.0 / max(count.item(), 1e-12))
-    penalties = _penalize(job)
+    whole = max(count.item(), 1e-12)
+    penalties = _penalize(job, whole)
     gradients = masters.gradients()
-    size = norm(gradients).item()
+    size = norm(gradients).item() / whole
     lr = job.optim.lr_at(step, job.steps)
     means = sums.means()
     row: dict[str, Any] = {"step": step + 1, **means, **penalties}
     finite = math.isfinite(size) and all(math.isfinite(value) for value in means.values())
     if finite:
-        if job.optim.clip is not None and size > job.optim.clip:
-            torch._foreach_mul_(gradients, job.optim.clip / size)
+        clipped = 1.0 if job.optim.clip is None or size <= job.optim.clip else job.optim.clip / size
+        torch._foreach_mul_(gradients, clipped / whole)
         set_lr(optimizer, lr)
         optimizer.step()
         masters.publish()
@@ -199,13 +199,16 @@ def _indices(job: Job, step: int, world: World) -> Sequence[int]:
     return range(step * job.optim.accumulate, (step + 1) * job.optim.accumulate)
 
 
-def _penalize(job: Job) -> dict[str, float]:
-    """Add the gradients of the edits' penalties; after the exchange between processes, each of which has them whole."""
+def _penalize(job: Job, count: float) -> dict[str, float]:
+    """Add the gradients of the edits' penalties to those of a sum that will be divided by `count`.
+
+    After the exchange between processes, each of which has the penalties whole.
+    """
     found = [p for edit in job.edits if (p := edit.penalty(job.model.model)) is not None]
     if not found:
         return {}
     total = torch.stack(found).sum()
-    total.backward()
+    (total * count).backward()
     return {"penalty": total.item()}
 
 

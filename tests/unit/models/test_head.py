@@ -12,8 +12,9 @@ from fettle.models.head import Head
 N, C, V = 23, 8, 31
 
 
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[0, heads.KEEP_BYTES], ids=["again", "kept"])
+def _small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "KEEP_BYTES", request.param)
     monkeypatch.setattr(
         heads, "chunks", lambda rows, v, device: [slice(i, min(i + 5, rows)) for i in range(0, rows, 5)]
     )
@@ -83,10 +84,12 @@ def test_bfloat16_is_summed_in_float32(trains: bool) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
 
 
-def test_a_sure_target_keeps_its_gradient() -> None:
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_sure_target_keeps_its_gradient(trains: bool) -> None:
     """In bfloat16 a probability of 0.999 rounds to 1; the gradient 1 - p must not vanish with it."""
-    module = nn.Linear(1, 2, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-    module.weight.copy_(torch.tensor([[7.0], [0.0]]))
+    module = nn.Linear(1, 2, bias=False, dtype=torch.bfloat16).requires_grad_(trains)
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[7.0], [0.0]]))
     hidden = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     Head(module).logps(hidden, torch.tensor([0])).backward()
     assert hidden.grad is not None and hidden.grad.item() == pytest.approx(7 * 9.11e-4, rel=0.01)
