@@ -19,7 +19,7 @@ from rich.console import Console
 
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
-from fettle.core.files import MANIFEST, sha256, sweep
+from fettle.core.files import MANIFEST, sha256
 from fettle.core.spec import Spec, Where, one_of, refuse
 from fettle.data import DataSpec, content_hash, prepare
 from fettle.data.prompts import Prompt, Prompts, read_prompts
@@ -30,12 +30,11 @@ from fettle.models.forest import Forest
 from fettle.models.memory import measure_peak, reset_peak
 from fettle.objectives.grpo import GRPO
 from fettle.objectives.policy import PolicyGradient
-from fettle.stages.artifact import find_artifact, is_artifact, save_artifact
+from fettle.stages.artifact import find_artifact
 from fettle.stages.cast import Cast, CriticSpec, Part, cast
 from fettle.stages.check import Report, gate
 from fettle.stages.rehearse import look, preflight
-from fettle.stages.report import write_report
-from fettle.stages.tune import ARTIFACT, CHECKPOINTS, OF_A_RUN, Recipe
+from fettle.stages.tune import ARTIFACT, OF_A_RUN, Recipe
 from fettle.train import Job, fit
 from fettle.train.parallel import World
 from fettle.train.rollouts import Actors, Mix, Rollouts, RolloutSpec
@@ -79,13 +78,8 @@ class Reinforce(Recipe):
     def run(self, parent: Path | None = None, *, resume: bool = False) -> Path:
         """Learn to the end and write the artifact; returns its folder."""
         target, world, parent = self.output / ARTIFACT, World.join(None), self._parent(parent)
-        if world.first:
-            sweep(self.output)
-        if resume and is_artifact(target):
-            self._complete(target, parent, world)
+        if self._is_done(target, parent, world, resume):
             return target
-        if not resume and (target.exists() or (self.output / CHECKPOINTS).exists()):
-            raise FettleError(f"{self.output}: holds a run already; go on with --resume, or choose another output")
         began = time.time()
         reset_peak()
         people = self.cast(parent)
@@ -100,12 +94,7 @@ class Reinforce(Recipe):
         detach(policy)
         for edit in edits:
             edit.settle(policy.model)
-        if world.first:
-            save_artifact(target, policy, edits, facts)
-        world.wait()
-        found = self._evaluated(policy, world)
-        if world.first:
-            write_report(self.output, facts | found)
+        self._leave(target, policy, edits, facts, world)
         return target
 
     def _parent(self, parent: Path | None) -> Path | None:

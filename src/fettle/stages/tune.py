@@ -100,13 +100,8 @@ class Recipe(Stage):
     def run(self, parent: Path | None = None, *, resume: bool = False) -> Path:
         """Train to the end and write the artifact; returns its folder."""
         target, world = self.output / ARTIFACT, World.join(self.optim.accumulate)
-        if world.first:
-            sweep(self.output)
-        if resume and is_artifact(target):
-            self._complete(target, parent, world)
+        if self._is_done(target, parent, world, resume):
             return target
-        if not resume and (target.exists() or (self.output / CHECKPOINTS).exists()):
-            raise FettleError(f"{self.output}: holds a run already; go on with --resume, or choose another output")
         began = time.time()
         reset_peak()
         forest, edits = self.open(parent)
@@ -124,13 +119,28 @@ class Recipe(Stage):
         for edit in edits:
             edit.settle(forest.model)
         facts["quantized"] = describe(forest.model)
+        self._leave(target, forest, edits, facts, world)
+        return target
+
+    def _is_done(self, target: Path, parent: Path | None, world: World, resume: bool) -> bool:
+        """Whether a resumed run has its artifact, with all that belongs to it. FettleError where the output holds another run."""
+        if world.first:
+            sweep(self.output)
+        if resume and is_artifact(target):
+            self._complete(target, parent, world)
+            return True
+        if not resume and (target.exists() or (self.output / CHECKPOINTS).exists()):
+            raise FettleError(f"{self.output}: holds a run already; go on with --resume, or choose another output")
+        return False
+
+    def _leave(self, target: Path, forest: Forest, edits: Sequence[Edit], facts: dict[str, Any], world: World) -> None:
+        """Write the artifact, evaluate, report."""
         if world.first:
             save_artifact(target, forest, edits, facts)
         world.wait()
         found = self._evaluated(forest, world)
         if world.first:
             write_report(self.output, facts | found)
-        return target
 
     def _complete(self, target: Path, parent: Path | None, world: World) -> None:
         """Write what a run that has its artifact still lacks. FettleError where it was another run."""
