@@ -21,7 +21,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,6 +84,28 @@ def in_turn(pairs: int, arms: Mapping[str, Callable[[], dict[str, Any]]]) -> dic
         for name, measure in arms.items():
             found[name].append(measure())
     return found
+
+
+def take_turns(
+    children: Children, pairs: int, job: dict[str, Any], settings: Mapping[str, Any],
+    check: Callable[[str, dict[str, Any], Any], None], name: str = "fettle",
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """fettle, and TRL at each of some settings, in turn; check(side, run, setting) ends the benchmark where a run is not what was asked."""
+    numbers = count(1)
+
+    def ours() -> dict[str, Any]:
+        number = next(numbers)
+        say(f"{name}: measurement {number} of {pairs} of each side")
+        run = children("run_fettle", **job | {"output": f"{job['output']}/{name}-{number}"})
+        check("fettle", run, None)
+        return run
+
+    def theirs(setting: Any) -> dict[str, Any]:
+        run = children("run_trl", **job, setting=asdict(setting))
+        check("TRL", run, setting)
+        return run
+
+    return in_turn(pairs, {"fettle": ours} | {arm: partial(theirs, setting) for arm, setting in settings.items()})
 
 
 def fastest(found: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -15,16 +15,15 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.pop(0)  # this folder: a benchmark must not hide a library of its name
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import dpo_arms, dpo_report
+from benchmarks import dpo_arms, dpo_report, sides
 from benchmarks.command import DATA, arguments, workplace
-from benchmarks.common import Children, emit, fail, fastest, in_turn, leave, matmul_peak, say, serve, versions
+from benchmarks.common import Children, emit, fail, fastest, leave, matmul_peak, say, serve, take_turns, versions
 from benchmarks.dpo_arms import Setting
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
@@ -74,25 +73,10 @@ def measure(
     say("looking for TRL's fastest setting")
     best, tried = calibrate(children, job, asked.search)
     say(f"TRL's fastest is {best}")
-    done = iter(range(1, asked.pairs + 1))
-
-    def ours() -> dict[str, Any]:
-        number = next(done)
-        say(f"measurement {number} of {asked.pairs} of each")
-        run = children("run_fettle", **job | {"output": f"{job['output']}/fettle-{number}"})
-        check_run("fettle", run, steps)
-        return run
-
-    def theirs(setting: Setting) -> dict[str, Any]:
-        run = children("run_trl", **job, setting=asdict(setting))
-        check_run("TRL", run, steps)
-        return run
-
     whole = Setting(None, best.precision)
-    arms = {"fettle": ours, "trl": partial(theirs, best)}
-    if whole != best:
-        arms["trl_whole"] = partial(theirs, whole)
-    return {"setting": best, "tried": tried, "runs": in_turn(asked.pairs, arms)}
+    settings = {"trl": best} | ({"trl_whole": whole} if whole != best else {})
+    runs = take_turns(children, asked.pairs, job, settings, lambda name, run, setting: check_run(name, run, steps))
+    return {"setting": best, "tried": tried, "runs": runs}
 
 
 def main() -> None:
@@ -125,8 +109,8 @@ def main() -> None:
 
 
 TASKS = {
-    "prepare": dpo_arms.prepare, "prepare_trl": dpo_arms.prepare_trl, "calibrate": dpo_arms.calibrate,
-    "run_fettle": dpo_arms.run_fettle, "run_trl": dpo_arms.run_trl, "matmul_peak": matmul_peak,
+    "prepare": dpo_arms.prepare, "prepare_trl": dpo_arms.prepare_trl,
+    "run_fettle": dpo_arms.run_fettle, **sides.trl_tasks(Setting, dpo_arms.train), "matmul_peak": matmul_peak,
 }  # fmt: skip
 
 if __name__ == "__main__" and not serve(TASKS):

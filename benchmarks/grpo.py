@@ -22,9 +22,9 @@ from typing import Any
 sys.path.pop(0)  # this folder: a benchmark must not hide a library of its name
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import grpo_arms, grpo_report
+from benchmarks import grpo_arms, grpo_report, sides
 from benchmarks.command import arguments, workplace
-from benchmarks.common import Children, emit, fail, fastest, in_turn, leave, say, serve, versions
+from benchmarks.common import Children, emit, fail, fastest, leave, say, serve, take_turns, versions
 from benchmarks.grpo_arms import Setting
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
@@ -58,21 +58,7 @@ def measure(children: Children, asked: argparse.Namespace, job: dict[str, Any]) 
     say("looking for TRL's fastest setting")
     best, tried = calibrate(children, job, asked.search)
     say(f"TRL's fastest is {best}")
-    done = iter(range(1, asked.pairs + 1))
-
-    def ours() -> dict[str, Any]:
-        number = next(done)
-        say(f"measurement {number} of {asked.pairs} of each")
-        run = children("run_fettle", **job | {"output": f"{job['output']}/fettle-{number}"})
-        check_run("fettle", run, job)
-        return run
-
-    def theirs() -> dict[str, Any]:
-        run = children("run_trl", **job, setting=asdict(best))
-        check_run("TRL", run, job)
-        return run
-
-    runs = in_turn(asked.pairs, {"fettle": ours, "trl": theirs})
+    runs = take_turns(children, asked.pairs, job, {"trl": best}, lambda name, run, setting: check_run(name, run, job))
     say("TRL on fettle's own answers")
     check = children("run_fettle", **job | {"output": f"{job['output']}/fettle-check", "dtype": "float32"})
     same = children("run_trl", **job, setting=asdict(Setting(None, "fp32")), given=f"{job['output']}/fettle-check")
@@ -106,8 +92,8 @@ def main() -> None:
 
 
 TASKS = {
-    "prepare": grpo_arms.prepare, "calibrate": grpo_arms.calibrate,
-    "run_fettle": grpo_arms.run_fettle, "run_trl": grpo_arms.run_trl,
+    "prepare": grpo_arms.prepare,
+    "run_fettle": grpo_arms.run_fettle, **sides.trl_tasks(Setting, grpo_arms.train),
 }  # fmt: skip
 
 if __name__ == "__main__" and not serve(TASKS):

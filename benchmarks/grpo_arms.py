@@ -6,14 +6,14 @@ two can be held against each other, fettle's run leaves the tokens of its answer
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import clock, peak_memory
+from benchmarks import sides
+from benchmarks.common import peak_memory
 
 LONGEST = 96  # tokens of a prompt
 ENDS = 64  # one token of so many ends an answer, so that lengths spread as 1/64 a token
@@ -84,23 +84,12 @@ def _let_end(model: Path) -> None:
 
 
 def run_fettle(job: dict[str, Any]) -> dict[str, Any]:
-    """What `fettle run recipe.yaml` does, a stopwatch pressed when a step's row is logged, and the answers' tokens kept."""
+    """fettle's run, which leaves the tokens of its answers beside its output."""
     import orjson
-    import torch
 
-    from fettle import stages
-    from fettle.train import log, loop, rollouts
+    from fettle.train import rollouts
 
-    cuda = torch.cuda.is_available() and job["device"] != "cpu"
-    marks: list[float] = []
     written: list[list[list[int]]] = []
-
-    class Watched(log.Log):
-        def row(self, values: dict[str, Any]) -> None:
-            super().row(values)
-            marks.append(clock(cuda))
-
-    loop.Log = Watched  # type: ignore[misc]
     leave = rollouts.Rollouts._leave
 
     def keep(self: Any, phase: Any, answers: Any, asked: Any, made: Any) -> None:
@@ -109,82 +98,41 @@ def run_fettle(job: dict[str, Any]) -> dict[str, Any]:
 
     rollouts.Rollouts._leave = keep  # type: ignore[method-assign]
     output = Path(job["output"])
-    recipe = _recipe(job, output)
-    before = 0 if cuda else peak_memory()  # the run sets the kernel's own high-water mark back to what is held then
-    stages.run(stages.load_recipe(recipe))
-    rows = log.read_metrics(output)
+    columns = {name: name for name in ("loss", "reward", "grad_norm", "lr", "k3", "gap")} | {
+        "rollout": "rollout_seconds"
+    }
+    found = sides.run_recipe(job, _recipe(job, output), columns)
     Path(f"{output}.answers.json").write_bytes(orjson.dumps(written))
-    return {
-        "marks": marks, "peak": max(before, peak_memory(cuda)), "answers": [len(step) for step in written],
-        "tokens": [sum(map(len, step)) for step in written], "gap": [r["gap"] for r in rows],
-        "rollout": [r["rollout_seconds"] for r in rows], **{key: [r[key] for r in rows] for key in ("loss", "reward", "grad_norm", "lr", "k3")},
-    }  # fmt: skip
+    counts = {"answers": [len(step) for step in written], "tokens": [sum(map(len, step)) for step in written]}
+    return found | counts
 
 
 def _recipe(job: dict[str, Any], output: Path) -> Path:
-    """The recipe of fettle's side; what it does not name is fettle's default."""
     folder = Path(job["folder"])
-    path = folder / f"{output.name}.yaml"
-    recipe = {
+    rest = {
         "kind": "reinforce",
-        "model": {"path": str(folder / "model"), "device": job["device"], "dtype": job.get("dtype", "auto")},
-        "edits": [{"kind": "lora", "rank": 8}],
         "data": [{"path": str(folder / "prompts.jsonl"), "max_bad": 1}],
         "reward": {"kind": "function", "name": "benchmarks.grpo_arms:rewarded"},
         "objective": {"kind": "grpo", "gap": 1.0},
         "rollouts": {"prompts": job["prompts"], "answers": job["group"], "max_tokens": job["max_tokens"]},
         "optim": {"lr": job["lr"], "steps": job["steps"], "warmup": 0},
         "batch": {"tokens": job["tokens"]},
-        "output": str(output),
     }
-    path.write_text(json.dumps(recipe, indent=2))  # JSON is YAML
-    return path
+    return sides.write_recipe(job, output, [{"kind": "lora", "rank": 8}], rest)
 
 
 # TRL's side.
 
 
-def run_trl(job: dict[str, Any]) -> dict[str, Any]:
-    """All steps with one setting."""
-    return _train(job, Setting(**job["setting"]), job["steps"])
-
-
-def calibrate(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Seconds a step of each setting, the mean of `timed` steps after `warmup` ones."""
-    import torch
-
-    found: list[dict[str, Any]] = []
-    for setting in (Setting(**s) for s in job["settings"]):
-        try:
-            marks = _train(job, setting, job["warmup"] + job["timed"])["marks"]
-            found.append({"setting": asdict(setting), "seconds": (marks[-1] - marks[job["warmup"] - 1]) / job["timed"]})
-        except Exception as error:  # whatever does not run here is no candidate, and is listed with its reason
-            found.append(
-                {"setting": asdict(setting), "error": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
-            )
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return found
-
-
-def _train(job: dict[str, Any], setting: Setting, steps: int) -> dict[str, Any]:
+def train(job: dict[str, Any], setting: Setting, steps: int, enough: sides.Enough) -> dict[str, Any]:
     """Train with GRPOTrainer, on answers of its own or on those of the file that the job names."""
-    import torch
     from datasets import Dataset
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import GRPOTrainer
 
-    folder = Path(job["folder"])
-    cuda = torch.cuda.is_available() and job["device"] != "cpu"
+    folder, cuda = Path(job["folder"]), sides.on_cuda(job)
     marks: list[float] = []
     seen: list[dict[str, Any]] = []
-
-    class Stopwatch(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-            marks.append(clock(cuda))
-
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     ends = set(json.loads((folder / "model" / "generation_config.json").read_text())["eos_token_id"])
 
@@ -194,14 +142,10 @@ def _train(job: dict[str, Any], setting: Setting, steps: int) -> dict[str, Any]:
         shown = [[t for t in ids if t not in ends and t != tokenizer.eos_token_id] for ids in completion_ids]
         return worth(tokenizer.batch_decode(shown, skip_special_tokens=True))
 
-    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(
-        folder / "model", local_files_only=True, dtype=dtype, attn_implementation="sdpa"
-    )
     taken = json.loads((folder / "taken.json").read_text())
     trainer = GRPOTrainer(
-        model=PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True), reward_funcs=[reward],
-        args=_config(job, setting, steps, cuda), processing_class=tokenizer, callbacks=[Stopwatch()],
+        model=sides.trained_model(folder, setting), reward_funcs=[reward], args=_config(job, setting, steps),
+        processing_class=tokenizer, callbacks=[sides.stopwatch(marks, cuda, enough)],
         train_dataset=Dataset.from_list([{"prompt": row["messages"]} for row in taken]), rollout_func=_given(job, taken),
     )  # fmt: skip
     trainer.train()
@@ -230,18 +174,15 @@ def _given(job: dict[str, Any], taken: list[dict[str, Any]]) -> Callable[[Any, A
     return rollout
 
 
-def _config(job: dict[str, Any], setting: Setting, steps: int, cuda: bool) -> Any:
-    """GRPOConfig: fettle's optimizer, schedule, clipping, advantages and divergence; for the rest what is fastest."""
+def _config(job: dict[str, Any], setting: Setting, steps: int) -> Any:
+    """fettle's advantages and divergence."""
     from trl import GRPOConfig
 
-    ours, answers = job["optim"], job["prompts"] * job["group"]
+    answers = job["prompts"] * job["group"]
     size = setting.answers or answers
     return GRPOConfig(
-        output_dir=str(job["output"]), max_steps=steps, per_device_train_batch_size=size,
+        **sides.optimizer(job, job["lr"], steps), per_device_train_batch_size=size,
         gradient_accumulation_steps=answers // size, num_generations=job["group"], max_completion_length=job["max_tokens"],
         temperature=1.0, beta=job["beta"], loss_type="grpo", scale_rewards="group", epsilon=0.2, shuffle_dataset=False,
-        learning_rate=job["lr"], lr_scheduler_type=ours["schedule"], warmup_steps=0, weight_decay=ours["weight_decay"],
-        adam_beta1=ours["betas"][0], adam_beta2=ours["betas"][1], adam_epsilon=ours["eps"], max_grad_norm=ours["clip"],
-        optim="adamw_torch_fused", gradient_checkpointing=False, bf16=setting.precision == "bf16", logging_steps=1,
-        save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not cuda, dataloader_pin_memory=cuda, seed=0,
+        bf16=setting.precision == "bf16",
     )  # fmt: skip

@@ -22,9 +22,9 @@ from typing import Any
 sys.path.pop(0)  # this folder: a benchmark must not hide a library of its name
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import sft_arms, sft_report
+from benchmarks import sft_arms, sft_report, sides
 from benchmarks.command import arguments, workplace
-from benchmarks.common import Children, emit, fail, fastest, in_turn, leave, matmul_peak, say, serve, versions
+from benchmarks.common import Children, emit, fail, fastest, leave, matmul_peak, say, serve, take_turns, versions
 from benchmarks.sft_arms import Setting
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "liger-kernel", "flash-attn")
@@ -99,21 +99,13 @@ def measure(
     say(f"{mode}: looking for TRL's fastest setting")
     best, tried = calibrate(children, job, asked.search)
     say(f"{mode}: TRL's fastest is {best}")
-    done = iter(range(1, asked.pairs + 1))
 
-    def ours() -> dict[str, Any]:
-        number = next(done)
-        say(f"{mode}: pair {number} of {asked.pairs}")
-        run = children("run_fettle", **job | {"output": f"{job['output']}/fettle-{mode}-{number}"})
-        check_run("fettle", run, steps, counted=False)
-        return run
+    def check(name: str, run: dict[str, Any], setting: Setting | None) -> None:
+        counts = setting is not None and setting.layout in ("padded", "packed")  # elsewhere it counts its filling too
+        check_run(name, run, steps, counts)
 
-    def theirs() -> dict[str, Any]:
-        run = children("run_trl", **job, setting=asdict(best))
-        check_run("TRL", run, steps, counted=best.layout in ("padded", "packed"))  # elsewhere it counts its filling too
-        return run
-
-    return {"setting": best, "tried": tried, "runs": in_turn(asked.pairs, {"fettle": ours, "trl": theirs})}
+    runs = take_turns(children, asked.pairs, job, {"trl": best}, check, f"fettle-{mode}")
+    return {"setting": best, "tried": tried, "runs": runs}
 
 
 def main() -> None:
@@ -146,8 +138,8 @@ def main() -> None:
 
 
 TASKS = {
-    "prepare": sft_arms.prepare, "prepare_trl": sft_arms.prepare_trl, "calibrate": sft_arms.calibrate,
-    "run_fettle": sft_arms.run_fettle, "run_trl": sft_arms.run_trl, "matmul_peak": matmul_peak,
+    "prepare": sft_arms.prepare, "prepare_trl": sft_arms.prepare_trl,
+    "run_fettle": sft_arms.run_fettle, **sides.trl_tasks(Setting, sft_arms.train), "matmul_peak": matmul_peak,
 }  # fmt: skip
 
 if __name__ == "__main__" and not serve(TASKS):
