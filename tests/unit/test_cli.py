@@ -93,6 +93,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interruption_ends_with_130(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, fettle.stages\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "fettle.stages.schema = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
         "from fettle.cli import main\nmain(['schema'])"
     )
