@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from fettle.core.errors import FettleError
@@ -91,6 +91,8 @@ def read_yaml(path: Path) -> tuple[Any, dict[Where, int]]:
     except MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise FettleError(f"{path}{line}: not valid YAML: {(error.problem or str(error)).splitlines()[0]}") from None
+    except YAMLError as error:  # a character that YAML does not allow
+        raise FettleError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     return data, dict(_lines(node, ()))
 
 
@@ -126,6 +128,8 @@ def _parsed(assignment: str) -> tuple[list[str], Any]:
         return key.split("."), YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         raise FettleError(f"override '{assignment}': the value is not valid YAML ({error.problem})") from None
+    except YAMLError as error:
+        raise FettleError(f"override '{assignment}': the value is not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def _assign(data: Any, path: list[str], value: Any, whole: _Assignment) -> Any:

@@ -91,6 +91,7 @@ def test_five_typical_mistakes_are_told_at_once(tmp_path: Path) -> None:
 def test_yaml_mistakes_have_a_line(tmp_path: Path) -> None:
     assert problems(tmp_path, "ink: red\nink: blue\n")[0].startswith("r.yaml:2: not valid YAML: found duplicate key")
     assert problems(tmp_path, "ink: [red\n")[0].startswith("r.yaml:2: not valid YAML")
+    assert problems(tmp_path, 'ink: "\a"\n')[0].startswith("r.yaml: not valid YAML: unacceptable character #x0007")
     assert problems(tmp_path, "- a\n") == ["r.yaml: expected a mapping of keys at the top, found list"]
 
 
