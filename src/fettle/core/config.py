@@ -129,7 +129,9 @@ def _parsed(assignment: str) -> tuple[list[str], Any]:
     except MarkedYAMLError as error:
         raise FettleError(f"override '{assignment}': the value is not valid YAML ({error.problem})") from None
     except YAMLError as error:
-        raise FettleError(f"override '{assignment}': the value is not valid YAML ({' '.join(str(error).split())})") from None
+        raise FettleError(
+            f"override '{assignment}': the value is not valid YAML ({' '.join(str(error).split())})"
+        ) from None
 
 
 def _assign(data: Any, path: list[str], value: Any, whole: _Assignment) -> Any:
