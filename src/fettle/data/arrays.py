@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fettle.data.streams import HEAD, MAX_ROW, Broken
 
@@ -13,16 +13,23 @@ TOKEN = re.compile(rb'"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*(?:"|\\?\n|\\?\Z)|[{}\[\]]'
 GAP = re.compile(rb"[\s,]*")
 JUNK = re.compile(rb'(?:"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*"?|[^\s,{}\[\]"])+')
 TORN = "not valid JSON: in the object that begins here a quote or a brace is missing"
+BESIDE = re.compile(rb"\}[ \t]*,[ \t]*\{")  # objects side by side
 PAIR = {b"}": b"{", b"]": b"["}
 
 
 @dataclass(frozen=True)
 class Element:
-    """The bytes of one element and the line it begins on, or what is wrong with that stretch of the file."""
+    """The bytes of one element and the line it begins on, or what is wrong with that stretch of the file.
+
+    `column` is its first character's, from 1, where another element begins on the same line before it, else 0.
+    `lost` says that more elements may be lost with it, nobody knows how many.
+    """
 
     line: int
     data: bytes
     problem: str | None = None
+    column: int = 0
+    lost: bool = False
 
 
 class _Window:
@@ -33,6 +40,7 @@ class _Window:
         self.ended = False
         self.broken: str | None = None
         self.indent: bytes | None = b""  # what stands before `at` on its line, if that is only space
+        self.column = 1  # of the character at `at`
         self.rows: bytes | None = None  # the indentation of the last element that began a line
         self.unsure = False  # an element ran to the end of the file, so braces alone do not tell where the next begins
 
@@ -62,6 +70,7 @@ class _Window:
         self.line += taken.count(b"\n")
         _, newline, last = taken.rpartition(b"\n")
         before = last if newline else None if self.indent is None else self.indent + taken
+        self.column = (1 if newline else self.column) + len(last.decode(errors="ignore"))
         self.indent = before if before is not None and not before.strip() else None
         return taken
 
@@ -76,26 +85,34 @@ class _Window:
 
 def elements(source: Iterator[bytes]) -> Iterator[Element]:
     """Every element of the array in `source`, whose first byte that is no space must be '['."""
-    window = _Window(source)
+    line = 0
+    for column, element in _elements(_Window(source)):
+        yield replace(element, column=column) if element.line == line else element
+        line = element.line
+
+
+def _elements(window: _Window) -> Iterator[tuple[int, Element]]:
+    """Each element with the column it begins in."""
     window.skip_gap()
     window.cut(1)
     while True:
-        first = window.skip_gap()
+        first, column = window.skip_gap(), window.column
         if not first:
-            yield Element(window.line, b"", window.broken or "the file ends inside the array; what follows is lost")
+            problem = window.broken or "the file ends inside the array; what follows is lost"
+            yield column, Element(window.line, b"", problem, lost=True)
             return
         if first == b"]":
             line = window.line
             window.cut(1)
             if not window.skip_gap():
                 if window.broken:
-                    yield Element(window.line, b"", window.broken)
+                    yield column, Element(window.line, b"", window.broken, lost=True)
                 return
-            yield Element(line, b"]", "a closing bracket before the end of the file")
+            yield column, Element(line, b"]", "a closing bracket before the end of the file")
         elif first in b"{[":
-            yield _container(window)
+            yield column, _container(window)
         else:
-            yield _junk(window)
+            yield column, _junk(window)
 
 
 def _junk(window: _Window) -> Element:
@@ -159,8 +176,11 @@ def _unclosed(text: bytes) -> bool:
 
 
 def _torn(window: _Window, line: int, opener: re.Pattern[bytes]) -> Element:
-    """An element that never closes: it goes up to the next line that opens one at the same indentation, or to the array's end."""
-    size, head = 0, b""
+    """An element that never closes: it goes up to the next line that opens one at the same indentation, or to the array's end.
+
+    In the latter case it is the last one if elements begin lines; where several stand in one, others are lost with it.
+    """
+    size, head, alone = 0, b"", window.indent is not None
     while True:
         found = opener.search(window.data, window.at + 1)
         if found:
@@ -177,9 +197,8 @@ def _torn(window: _Window, line: int, opener: re.Pattern[bytes]) -> Element:
             cut = len(rest) - 1 if len(rest) > 1 and rest.endswith(b"]") else window.size
             break
     data = window.cut(cut)
-    problem = (
-        TORN if found else f"{TORN}; where the next row begins cannot be told" if not window.broken else window.broken
-    )
+    lost = not found and (not alone or BESIDE.search(data) is not None)
     if size:
-        return Element(line, head, f"a row of over {size} bytes that does not close; the most is {MAX_ROW}")
-    return Element(line, data, problem)
+        return Element(line, head, f"a row of over {size} bytes that does not close; the most is {MAX_ROW}", lost=lost)
+    problem = f"{TORN}; where the next row begins cannot be told" if lost else TORN
+    return Element(line, data, problem if found else window.broken or problem, lost=lost)

@@ -16,18 +16,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fettle.core.errors import FettleError
-from fettle.core.files import new_folder, sha256, write_bytes, writing
+from fettle.core.files import new_folder, sha256, write_bytes
+from fettle.core.locks import locked
 from fettle.data import hub
 from fettle.data.formats import Sample, chat, detect, to_sample
 from fettle.data.forms import LABELLED
 from fettle.data.parse import BadRow, strings
-from fettle.data.read import Row, files, head_of, kind_of_file, read, split_of
+from fettle.data.read import Row, files, head_of, kind_of_file, split_of
 from fettle.data.render import Job, worker
+from fettle.data.rows import rows_of
 from fettle.data.spec import DataSpec
 from fettle.data.store import ASIDE, Store, Writer, cached, open_store
 from fettle.data.template import Encoder
 
-VERSION = 3  # raised whenever the same data would be encoded otherwise
+VERSION = 4  # raised whenever the same data would be encoded otherwise
 LOOK = 32  # rows that tell a format
 CHUNK, CHUNK_CHARACTERS = 1024, 4 << 20
 SHOWN = 10  # bad rows named in full
@@ -36,10 +38,17 @@ HOPELESS = 1000  # bad rows without a single good one
 
 
 def encoded(spec: DataSpec, encoder: Encoder, cache: Path) -> Store:
-    """The source's examples, from the cache where they are there. FettleError where it has too many bad rows."""
+    """The source's examples, from the cache where they are there. FettleError where it has too many bad rows.
+
+    Of several processes one encodes, and the others wait for it.
+    """
     encoder = encoder.learning(spec.learn)
     name = _key(spec, encoder)
-    with _locked(cache / f".{name}.lock"):
+
+    def wait(who: str) -> None:
+        Console(stderr=True).print(f"{spec.path}: {who} encodes the same data; waiting for it")
+
+    with locked(cache / f".{name}.lock", wait):
         return cached(cache, name) or _build(spec, encoder, cache / name)
 
 
@@ -64,31 +73,12 @@ def content_hash(spec: DataSpec) -> str:
     return hashlib.sha256(orjson.dumps(_content(spec))).hexdigest()
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time, so that several of one run encode a source once."""
-    try:
-        import fcntl
-    except ImportError:  # a system without these locks
-        yield
-        return
-    with writing(path):
-        handle = open(path, "w")
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            Console(stderr=True).print(f"{path}: another process encodes the same data; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 def _build(spec: DataSpec, encoder: Encoder, folder: Path) -> Store:
     with new_folder(folder) as aside:
         job = _Build(spec, encoder, Writer(aside, len(encoder.tokenizer)))
         try:
             with _progress(spec) as advance:
-                job.run(hub.rows(spec) if spec.is_hub else read(spec.path, spec.documents, advance))
+                job.run(rows_of(spec, advance))
             job.check()
         except FettleError as error:
             raise job.blame(error, folder) from None
@@ -129,8 +119,7 @@ class _Build:
         self.marks = encoder.control_tokens()
 
     def run(self, rows: Iterator[Row]) -> None:
-        """Encode every row, or the first `limit` of them."""
-        rows = islice(rows, self.spec.limit)
+        """Encode every row."""
         first = list(islice(rows, LOOK))
         self.format = self._format(first)
         for chunk in _chunks(chain(first, rows)):
@@ -240,7 +229,7 @@ class _Build:
 
     def _set_aside(self, row: Row, reason: str) -> None:
         self.bad += 1
-        if len(self.reasons) < SHOWN:
+        if len(self.reasons) < SHOWN or row.lost:
             self.reasons.append(f"{row.where}: {reason}")
         self.writer.set_aside(row.where, reason, row.raw, row.value)
 

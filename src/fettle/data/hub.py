@@ -54,6 +54,7 @@ def rows(spec: DataSpec) -> Iterator[Row]:
             yield Row(
                 f"{spec.path}:{number}",
                 problem=f"the stream fails here; what follows is lost ({type(error).__name__}: {error})",
+                lost=True,
             )
             return
         if value is None:

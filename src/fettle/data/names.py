@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 from fettle.core.errors import FettleError
-from fettle.data import hub
 from fettle.data.formats import to_sample
 from fettle.data.forms import LABELLED
 from fettle.data.parse import BadRow
-from fettle.data.read import read
+from fettle.data.rows import rows_of
 from fettle.data.spec import DataSpec
 
 MOST = 1000  # labels; more are probably no labels
@@ -56,8 +55,7 @@ def label_names(sources: Sequence[DataSpec], task: str, multi: bool = False) -> 
 
 def _labels(spec: DataSpec, task: str) -> Iterator[Any]:
     format = next(name for name, of in LABELLED.items() if of == task)
-    rows = hub.rows(spec) if spec.is_hub else read(spec.path, spec.documents)
-    for row in islice(rows, spec.limit):
+    for row in rows_of(spec):
         try:
             sample = to_sample(row.value or {}, format)
         except BadRow:

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from fettle.core.errors import FettleError
-from fettle.data import hub
 from fettle.data.formats import detect, to_sample
 from fettle.data.mix import epoch_order, shares
 from fettle.data.parse import BadRow
-from fettle.data.read import Row, read
+from fettle.data.read import Row
 from fettle.data.render import Job, worker
+from fettle.data.rows import rows_of
 from fettle.data.spec import DataSpec
 from fettle.data.template import Encoder
 
@@ -122,7 +121,7 @@ def read_prompts(
     encoder, found, notes, counts = Encoder(tokenizer), [], [], []
     for spec in specs:
         reader = _Reader(spec, encoder, room, lack)
-        reader.run(hub.rows(spec) if spec.is_hub else read(spec.path, spec.documents))
+        reader.run(rows_of(spec))
         found.append(reader.prompts)
         notes += reader.notes
         counts.append(reader.counts())
@@ -147,8 +146,8 @@ class _Reader:
         self.notes: list[str] = []
 
     def run(self, rows: Iterable[Row]) -> None:
-        """Read every row, or the first `limit` of them; FettleError where too many are bad."""
-        taken = list(islice(rows, self.spec.limit))
+        """Read every row; FettleError where too many are bad."""
+        taken = list(rows)
         self.format = self._format(taken[:LOOK])
         for i in range(0, len(taken), CHUNK):
             self._chunk(taken[i : i + CHUNK])
@@ -161,7 +160,11 @@ class _Reader:
                 f"or raise it" + "".join(f"\n  {p}" for p in self.problems[:SHOWN]) + more
             )
         if bad:
-            self.notes += [*self.problems[:SHOWN], f"{path}: {bad} of {self.read} rows set aside"]
+            lost = [f"{row.where}: {row.problem}" for row in taken if row.lost]
+            self.notes += [
+                *dict.fromkeys([*self.problems[:SHOWN], *lost]),
+                f"{path}: {bad} of {self.read} rows set aside",
+            ]
 
     def counts(self) -> dict[str, Any]:
         """The fields of PromptCounts but for the share."""

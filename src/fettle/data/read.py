@@ -20,6 +20,7 @@ KINDS = {
     ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv",
     ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
+PLACE = re.compile(r"(.*?):(\d+)(?::(\d+))?", re.DOTALL)
 BLANK = re.compile(rb"\S[^\S\n]*\r?\n[^\S\n]*\r?\n\s*\S")  # a blank line between two others
 
 
@@ -27,10 +28,18 @@ BLANK = re.compile(rb"\S[^\S\n]*\r?\n[^\S\n]*\r?\n\s*\S")  # a blank line betwee
 class Row:
     """One row: `value`, or `problem` where there is none. `raw` is what is set aside (its head where it is very long)."""
 
-    where: str  # file:line
+    where: str  # file:line, or file:line:column where another row begins on the same line before it
     value: dict[str, Any] | None = None
     problem: str | None = None
     raw: str = ""
+    lost: bool = False  # more rows are lost with it, nobody knows how many
+
+
+def place(where: str) -> tuple[str, int, int]:
+    """The file, line and column of a row's `where`; the column is 0 where it has none."""
+    found = PLACE.fullmatch(where)
+    assert found, where
+    return found[1], int(found[2]), int(found[3] or 0)
 
 
 def files(path: str) -> list[Path]:
@@ -47,7 +56,7 @@ def files(path: str) -> list[Path]:
         return found
     found = [p for p in map(Path, sorted(glob.glob(str(root), recursive=True))) if p.is_file()]
     if not found:
-        beside = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
+        beside = [p.name for p in root.parent.iterdir() if kind_of_file(p)] if root.parent.is_dir() else []
         close = f"; in {root.parent}: {nearest(root.name, beside)}" if beside and len(beside) < 1000 else ""
         raise FettleError(f"{path}: no such file or folder{close}")
     return found
@@ -127,7 +136,7 @@ def _safely(path: Path, source: Iterator[Line]) -> Iterator[Line | Row]:
             number = line.number
             yield line
     except Broken as error:
-        yield Row(f"{path}:{number}", problem=str(error))
+        yield Row(f"{path}:{number}", problem=str(error), lost=True)
 
 
 def _too_long(where: str, data: bytes, size: int) -> Row:
@@ -152,6 +161,11 @@ def _jsonl(path: Path, advance: Advance | None) -> Iterator[Row]:
     for line in _safely(path, lines(pieces(path, advance))):
         if isinstance(line, Row):
             yield line
+        elif line.data == b"{" and line.number == 1:
+            raise FettleError(
+                f"{path}: one JSON object over many lines; rows are read from a list ([...]) or from one object a line, so take "
+                "the list out of it"
+            )
         elif not line.whole:
             yield _too_long(f"{path}:{line.number}", line.data, line.size)
         elif line.data.strip():
@@ -160,9 +174,9 @@ def _jsonl(path: Path, advance: Advance | None) -> Iterator[Row]:
 
 def _array(path: Path, advance: Advance | None) -> Iterator[Row]:
     for element in elements(pieces(path, advance)):
-        where = f"{path}:{element.line}"
+        where = f"{path}:{element.line}" + (f":{element.column}" if element.column else "")
         if element.problem:
-            yield Row(where, problem=element.problem, raw=shown(element.data[:HEAD]))
+            yield Row(where, problem=element.problem, raw=shown(element.data[:HEAD]), lost=element.lost)
         else:
             yield _object(where, element.data)
 
@@ -234,7 +248,10 @@ def _csv(path: Path, delimiter: str, advance: Advance | None) -> Iterator[Row]:
         except StopIteration:
             break
         except csv.Error as error:
-            yield Row(f"{path}:{first}", problem=f"not valid CSV: {error}")
+            last = reader.line_num
+            span = f" (lines {first} to {last} are read as one row)" if last > first else ""
+            torn = bool(span) and "unexpected end of data" in str(error)  # an open quote takes all that follows
+            yield Row(f"{path}:{first}", problem=f"not valid CSV: {error}{span}", lost=torn)
             continue
         if header is None:
             header = _header(path, cells)
@@ -282,7 +299,8 @@ def _parquet(path: Path) -> Iterator[Row]:
     except (pa.ArrowException, OSError) as error:
         if number == 0:
             raise FettleError(f"{path}: not a Parquet file, or damaged ({str(error).splitlines()[0]})") from None
-        yield Row(f"{path}:{number + 1}", problem=f"the file is damaged from here on ({str(error).splitlines()[0]})")
+        problem = f"the file is damaged from here on ({str(error).splitlines()[0]})"
+        yield Row(f"{path}:{number + 1}", problem=problem, lost=True)
 
 
 def _parquet_row(where: str, batch: Any, i: int) -> Row:

@@ -61,6 +61,7 @@ class Source:
     spec: DataSpec
     store: Store
     units: Units
+    over: Path | None = None  # the list of rows that are too long, where there are any
 
 
 class Corpus:
@@ -84,7 +85,7 @@ class Corpus:
         self.counts = self._counted()
         self.notes = [note for s in self.sources for note in s.store.manifest["notes"]]
         self.notes += [
-            f"{c.source}: {c.too_long} rows are longer than {length} tokens{self._or_unseen()} and were left out (long: {s.spec.long})"
+            f"{c.source}: {c.too_long} rows are longer than {length} tokens{self._or_unseen()} and were left out (long: {s.spec.long}); they are listed in {s.over}"
             for c, s in zip(self.counts, self.sources, strict=True) if c.too_long
         ]  # fmt: skip
         self.notes += [f"{c.source}: {c.cut} examples were cut to {length} tokens" for c in self.counts if c.cut]
@@ -248,8 +249,8 @@ def _source(spec: DataSpec, encoder: Encoder, length: int, cache: Path) -> Sourc
         length = min(length, encoder.form.longest)
     unseen = encoder.form.unseen(store) if isinstance(encoder.form, Preference) else None
     units = windows(store, length) if texts else whole(store, length, spec.long, unseen)
-    if len(units.dropped):
-        name = cache / f"{store.folder.name}.over-{length}.jsonl"
+    over = cache / f"{store.folder.name}.over-{length}.jsonl" if len(units.dropped) else None
+    if over is not None:
         reason = (
             f"longer than {length} tokens"
             if spec.long == "drop"
@@ -258,13 +259,13 @@ def _source(spec: DataSpec, encoder: Encoder, length: int, cache: Path) -> Sourc
         lines = [
             {"where": store.name(i), "reason": f"{store.lengths[i]} tokens: {reason}"} for i in units.dropped.tolist()
         ]
-        write_bytes(name, b"".join(orjson.dumps(x, option=orjson.OPT_APPEND_NEWLINE) for x in lines))
+        write_bytes(over, b"".join(orjson.dumps(x, option=orjson.OPT_APPEND_NEWLINE) for x in lines))
     if not len(units):
         raise FettleError(
             f"{spec.path}: all of its {len(store)} examples are longer than a row of {length} tokens, so nothing is left to "
             "learn; raise batch.tokens"
         )
-    return Source(spec, store, units)
+    return Source(spec, store, units, over)
 
 
 def _counts(source: Source, per_epoch: int, share: float, form: Form | None) -> Counts:
@@ -285,4 +286,4 @@ def _counts(source: Source, per_epoch: int, share: float, form: Form | None) -> 
 
 def _rows(store: Store, examples: np.ndarray) -> int:
     """How many rows these examples come from."""
-    return len(np.unique(np.stack([store.files[examples], store.rows[examples]]), axis=1).T)
+    return len(np.unique(np.stack([store.files[examples], store.lines[examples], store.columns[examples]]), axis=1).T)

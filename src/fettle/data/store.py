@@ -3,8 +3,8 @@
 A folder: tokens.bin (uint16 or int32, all examples end to end), and .npy arrays: offsets int64 [n + 1] into the tokens,
 spans int32 [m, 2] and span_weights float32 [m] of what is learned, span_offsets int64 [n + 1] into those, splits int32 [n]
 (where an example's second part begins, -1), labels float32 [l], label_offsets int64 [n + 1] into those, answers int32 [a]
-(where the answers of a prompt begin), answer_offsets int64 [n + 1] into those, rows int64 [n] (the line an example comes
-from), files int32 [n], parts int32 [n] (which example of its row), learned int64 [n];
+(where the answers of a prompt begin), answer_offsets int64 [n + 1] into those, files int32, lines int64 and columns int32 [n]
+(the row that an example comes from), parts int32 [n] (which example of its row), learned int64 [n];
 set_aside.jsonl (the bad rows), and a manifest with counts and hashes.
 """
 
@@ -21,11 +21,12 @@ import orjson
 from fettle.core.batch import Node
 from fettle.core.errors import FettleError
 from fettle.core.files import MANIFEST, verify, write_json
+from fettle.data.read import place
 from fettle.data.template import Encoded, Span, weights_of
 
 ARRAYS = (
     "offsets", "spans", "span_weights", "span_offsets", "splits", "labels", "label_offsets", "answers", "answer_offsets",
-    "rows", "files", "parts", "learned",
+    "files", "lines", "columns", "parts", "learned",
 )  # fmt: skip
 ASIDE = "set_aside.jsonl"
 
@@ -43,11 +44,12 @@ class Writer:
         self.spans, self.weights = array("i"), array("f")
         self.splits, self.labels, self.label_offsets = array("i"), array("f"), array("q", [0])
         self.answers, self.answer_offsets = array("i"), array("q", [0])
-        self.rows, self.files, self.parts, self.learned = array("q"), array("i"), array("i"), array("q")
+        self.files, self.lines, self.columns = array("i"), array("q"), array("i")
+        self.parts, self.learned = array("i"), array("q")
 
     def add(self, where: str, examples: list[Encoded]) -> None:
-        """One row's examples; `where` is its file:line."""
-        file, _, line = where.rpartition(":")
+        """One row's examples; `where` is the row's."""
+        file, line, column = place(where)
         number = self.names.setdefault(file, len(self.names))
         for part, example in enumerate(examples):
             self.tokens.write(example.tokens.astype(self.dtype).tobytes())
@@ -62,8 +64,9 @@ class Writer:
             self.answers.extend(example.answers)
             self.answer_offsets.append(len(self.answers))
             self.learned.append(example.learned)
-            self.rows.append(int(line))
             self.files.append(number)
+            self.lines.append(line)
+            self.columns.append(column)
             self.parts.append(part if len(examples) > 1 else -1)
 
     def set_aside(self, where: str, reason: str, raw: str, value: Any) -> None:
@@ -83,7 +86,7 @@ class Writer:
             "offsets": self.offsets, "spans": self.spans, "span_weights": self.weights, "span_offsets": self.span_offsets,
             "splits": self.splits, "labels": self.labels, "label_offsets": self.label_offsets,
             "answers": self.answers, "answer_offsets": self.answer_offsets,
-            "rows": self.rows, "files": self.files, "parts": self.parts, "learned": self.learned,
+            "files": self.files, "lines": self.lines, "columns": self.columns, "parts": self.parts, "learned": self.learned,
         }  # fmt: skip
         for name in ARRAYS:
             data = np.frombuffer(columns[name], dtype=np.dtype(columns[name].typecode))
@@ -109,8 +112,9 @@ class Store:
     label_offsets: np.ndarray
     answers: np.ndarray
     answer_offsets: np.ndarray
-    rows: np.ndarray
     files: np.ndarray
+    lines: np.ndarray
+    columns: np.ndarray
     parts: np.ndarray
     learned: np.ndarray
 
@@ -123,11 +127,10 @@ class Store:
         return np.diff(self.offsets)
 
     def name(self, index: int) -> str:
-        """`file:line` of an example, with `#k` where its row gave several."""
-        part = int(self.parts[index])
-        return f"{self.manifest['sources'][self.files[index]]}:{self.rows[index]}" + (
-            f"#{part + 1}" if part >= 0 else ""
-        )
+        """The `where` of an example's row, with `#k` where the row gave several."""
+        column, part = int(self.columns[index]), int(self.parts[index])
+        where = f"{self.manifest['sources'][self.files[index]]}:{self.lines[index]}" + (f":{column}" if column else "")
+        return where + (f"#{part + 1}" if part >= 0 else "")
 
     def tokens_of(self, index: int, stop: int | None = None) -> np.ndarray:
         """int32: an example's tokens, up to `stop`; a copy."""

@@ -186,7 +186,14 @@ class Encoder:
             text = self.template.of(bool(tools))
             turns, left = spelled_out(messages, tools, text)
             jobs.append(Job(text, {"messages": turns, "tools": left or None, "add_generation_prompt": prompt}))
-        return worker(self.now).render(jobs, self._shared())
+        return self._rendered(jobs)
+
+    def _rendered(self, jobs: Sequence[Job]) -> list[Rendering]:
+        try:
+            return worker(self.now).render(jobs, self._shared())
+        except FettleError as error:
+            source = self.tokenizer.name_or_path if self.template.name == "tokenizer" else self.template.name
+            raise FettleError(f"{source}: {str(error).replace('the template', 'the chat template', 1)}") from None
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a rendered text, with nothing put before or after it."""
@@ -213,7 +220,7 @@ class Encoder:
             cuts = [c for i in wanted for c in ((i, True), (i + 1, False))]
             context = {"messages": sample.messages, "tools": sample.tools or None, "add_generation_prompt": False}
             jobs.append(Job(text, context, cuts))
-        found = worker(self.now).render(jobs, self._shared())
+        found = self._rendered(jobs)
         return [self._spans(sample, rendering) for sample, rendering in zip(samples, found, strict=True)]
 
     def _spelled_out(self, sample: Sample) -> Sample:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fettle.core import FettleError
 from fettle.data import arrays, read, streams
-from fettle.data.read import files
+from fettle.data.read import files, place
 
 ROWS = [{"text": f'row {i} 你好 "quoted" {{[,]}} \\ end'} for i in range(7)]
 
@@ -27,7 +27,8 @@ def rows(path: Path, **options):
 
 
 def lines_of(found) -> list[int]:
-    return [int(row.where.rpartition(":")[2]) for row in found]
+    assert len({row.where for row in found}) == len(found), "each row has a place of its own"
+    return [place(row.where)[1] for row in found]
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -158,7 +159,40 @@ def test_array_cut_short(tmp_path: Path, cut: int) -> None:
     found = rows(write(tmp_path / "a.json", text[:-cut]))
     good = [row.value for row in found if row.value]
     assert good == ROWS[: len(good)] and len(good) >= 5
-    assert found[-1].problem and ("missing" in found[-1].problem or "ends inside" in found[-1].problem)
+    assert "ends inside" in found[-1].problem and found[-1].lost
+
+
+def test_rows_beside_each_other_are_told_apart_by_their_column(tmp_path: Path) -> None:
+    text = '[{"a": "你好"}, {"a": 2},\n{"a": 3}, 5, {"a": {"b": [{"c": 4}]}} ]'
+    found = rows(write(tmp_path / "a:1.json", text.encode()))
+    assert [place(row.where) for row in found] == [
+        (str(tmp_path / "a:1.json"), line, column) for line, column in ((1, 0), (1, 15), (2, 0), (2, 11), (2, 14))
+    ]
+    assert [text.split("\n")[line - 1][(column or 1) - 1] for _, line, column in map(place, (r.where for r in found))] == [
+        "[", "{", "{", "5", "{"
+    ]  # fmt: skip
+
+
+WHOLE = json.dumps([{"text": "a"}, {"text": "b"}, {"text": "c"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "lost"),
+    [
+        ("a.json", WHOLE.encode(), []),
+        ("a.json", WHOLE.replace('"b"', '"b').encode(), [False, True]),  # an open quote in one line: c is gone with it
+        ("a.json", WHOLE.replace("}, ", "},\n").replace('"b"', '"b').encode(), [False, False, False]),
+        ("a.json", WHOLE.replace("}, ", "},\n").replace('"c"', '"c').encode(), [False, False, False]),
+        ("a.json", WHOLE[:-1].encode(), [False, False, False, True]),
+        ("a.json", WHOLE[:-5].encode(), [False, False, True, True]),
+        ("a.json", ("[\n" + WHOLE[1:].replace('"a"', '"a')).encode(), [True]),
+        ("a.csv", b'text,n\na,1\n"b,2\nc,3\n', [False, True]),
+        ("a.csv", b'text,n\na,1\nc,3\n"b,2', [False, False, False]),  # the last line alone
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b', [False, False]),
+    ],
+)
+def test_what_takes_others_with_it(tmp_path: Path, name: str, data: bytes, lost: list[bool]) -> None:
+    assert [row.lost for row in rows(write(tmp_path / name, data))] == (lost or [False] * 3)
 
 
 def test_stray_things_between_elements(tmp_path: Path) -> None:
@@ -183,6 +217,7 @@ def test_broken_compression(tmp_path: Path, name: str) -> None:
     assert whole == texts[: len(whole)]
     broken = [row.problem for row in found if row.problem]
     assert any("stream ends early or is damaged" in p for p in broken) and len(broken) <= 2
+    assert found[-1].lost
     if name.endswith(".zst"):
         return  # written without a checksum, so that a changed byte is just another text
     flipped = bytearray(data)
@@ -192,8 +227,8 @@ def test_broken_compression(tmp_path: Path, name: str) -> None:
 
 
 def test_huge_rows_do_not_fill_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in (streams, arrays, sys.modules["fettle.data.read"]):
-        monkeypatch.setattr(place, "MAX_ROW", 1 << 20)
+    for module in (streams, arrays, sys.modules["fettle.data.read"]):
+        monkeypatch.setattr(module, "MAX_ROW", 1 << 20)
     good = b'{"text": "a"}'
     huge = b'{"text": "' + b"x" * (40 << 20) + b'"}'
     for name, text in (
@@ -223,7 +258,7 @@ def test_csv_damage(tmp_path: Path) -> None:
     ]
     problems = {int(row.where.rpartition(":")[2]): row.problem for row in found if row.problem}
     assert "1 cells" in problems[3] and "3 cells" in problems[4] and "UTF-8" in problems[6] and "NUL" in problems[9]
-    assert "not valid CSV" in problems[11]
+    assert "not valid CSV" in problems[11] and "lines 11 to 12 are read as one row" in problems[11]
     for header in (b"a,a\n1,2\n", b",a\n1,2\n"):
         with pytest.raises(FettleError, match=":1:"):
             rows(write(tmp_path / "b.csv", header))

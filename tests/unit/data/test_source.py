@@ -388,7 +388,11 @@ def test_hub_rows(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(build.hub, "commit", lambda spec: "c0ffee")
-    spec = DataSpec(path="hf://someone/something", name="en", split="test", revision="v1", max_bad=0.5)
+    spec = DataSpec(path="hf://someone/something", name="en", split="test", revision="v1", max_bad=1)
+    with pytest.raises(
+        FettleError, match="something:4: the stream fails here.* cannot be told, so max_bad: 0.5 cannot be"
+    ):
+        prepare([spec.model_copy(update={"max_bad": 0.5})], tokenizer, 64)
     corpus = prepare([spec], tokenizer, 64)
     assert asked == {"name": "someone/something", "config": "en", "split": "test", "revision": "v1", "streaming": True}
     assert (corpus.counts[0].read, corpus.counts[0].kept) == (4, 2)
@@ -488,6 +492,39 @@ def test_fifty_thousand_damaged_rows(tmp_path: Path, tokenizer) -> None:
     path.write_bytes(b"[" + b",\n".join(rows) + b"]")
     found = list(read(str(path)))
     assert sum(row.value is not None for row in found) >= counts.kept - 1  # the last row is torn by what follows it
+
+
+def test_rows_in_one_line_are_counted_each(tmp_path: Path, tokenizer) -> None:
+    """As `json.dump` writes a list."""
+    rows = [{"instruction": f"q {i}", "output": "bread " * (1 if i % 4 else 60)} for i in range(20)]
+    (tmp_path / "a.json").write_text(json.dumps([*rows, {"instruction": 5}]))
+    corpus = prepare([DataSpec(path=str(tmp_path / "a.json"), max_bad=0.1)], tokenizer, 64, cache=tmp_path / "c")
+    (counts,) = corpus.counts
+    assert (counts.read, counts.kept, counts.set_aside, counts.too_long, counts.examples) == (21, 15, 6, 5, 15)
+    (listed,) = (tmp_path / "c").glob("*.over-64.jsonl")
+    names = [json.loads(line)["where"] for line in listed.read_text().splitlines()]
+    assert names[0] == f"{tmp_path / 'a.json'}:1" and len(set(names)) == 5
+    line = (tmp_path / "a.json").read_text()
+    for name, row in zip(names[1:], rows[4::4], strict=True):
+        assert json.JSONDecoder().raw_decode(line[int(name.rpartition(":")[2]) - 1 :])[0] == row
+
+
+@pytest.mark.parametrize("max_bad", [0.99, 1])
+def test_a_file_that_ends_in_the_middle_needs_consent(tmp_path: Path, tokenizer, max_bad: float) -> None:
+    """Of half a file there is one bad row, so no share of them says how much is lost."""
+    rows = [{"instruction": f"q {i}", "output": text_of(i)} for i in range(500)]
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    spec = DataSpec(path=str(tmp_path / "a.jsonl.gz"), max_bad=max_bad)
+    if max_bad < 1:
+        with pytest.raises(FettleError, match=r"a.jsonl.gz:\d+: the gzip stream ends early.*say max_bad: 1"):
+            prepare([spec], tokenizer, 256)
+        assert len(prepare([spec.model_copy(update={"limit": 50})], tokenizer, 256).examples(99)) == 50  # not reached
+        return
+    corpus = prepare([spec], tokenizer, 256)
+    (counts,) = corpus.counts
+    assert counts.read == counts.kept + counts.set_aside < 500
+    assert any("the gzip stream ends early" in note for note in corpus.notes)
 
 
 def test_stored_arrays_are_mapped(tmp_path: Path, tokenizer) -> None:
