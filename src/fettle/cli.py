@@ -74,7 +74,7 @@ def check(
     recipe: RecipePath,
     overrides: Overrides = None,
     examples: Annotated[
-        int, typer.Option("-n", "--examples", help="examples to show, coloured by what is learned")
+        int, typer.Option("-n", "--examples", min=0, help="examples to show, coloured by what is learned")
     ] = 3,
     time: Annotated[bool, typer.Option(help="time three steps to predict how long the run takes")] = True,
 ) -> None:
@@ -109,9 +109,9 @@ def chat(
         list[str], typer.Argument(help="one model, or several to talk to side by side", show_default=False)
     ],
     system: Annotated[str, typer.Option(help="instructions to begin with")] = "",
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(help="longest answer")] = 256,
-    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the sampling")] = 0,
 ) -> None:
     """Talk to a base, an artifact, or several side by side."""
     from fettle.generate import Sampling
@@ -127,9 +127,9 @@ def chat(
 def evaluate(
     model: ModelName,
     tasks: Annotated[list[str], typer.Argument(help="task files (*.jsonl), texts (*.txt), or folders of them")],
-    shots: Annotated[int, typer.Option(help="demonstrations before each question")] = 0,
-    seed: Annotated[int, typer.Option(help="seed of demonstrations, limits and intervals")] = 0,
-    limit: Annotated[int | None, typer.Option(help="at most this many rows a file")] = None,
+    shots: Annotated[int, typer.Option(min=0, help="demonstrations before each question")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of demonstrations, limits and intervals")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="at most this many rows a file")] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="folder for results.json and results.png")
     ] = None,
@@ -138,18 +138,24 @@ def evaluate(
     """Score a model; with intervals, and with template, seed and shots on record."""
     from rich.console import Console
 
+    from fettle.core.files import make_folder
     from fettle.evaluate import Results, compare, find
     from fettle.evaluate import evaluate as score
-    from fettle.evaluate.results import difference_table
+    from fettle.evaluate.results import difference_table, require_shared
     from fettle.stages import open_model
 
     found = find(tasks, seed=seed, shots=shots, limit=limit)
+    earlier = Results.read(against) if against is not None else None
+    if earlier is not None:
+        require_shared(earlier, found)
+    if output is not None:
+        make_folder(output)
     forest, _ = open_model(model)
     results = score(forest, found, output, model={"name": model})
     console = Console()
     console.print(results.table(model))
-    if against is not None:
-        console.print(difference_table(compare(Results.read(against), results)))
+    if earlier is not None:
+        console.print(difference_table(compare(earlier, results)))
 
 
 @app.command(
@@ -233,8 +239,8 @@ def delta(
     data: Annotated[
         list[str] | None, typer.Option(help="texts to distil the scales on; may be given several times")
     ] = None,
-    steps: Annotated[int, typer.Option(help="steps of distilling")] = 200,
-    seed: Annotated[int, typer.Option(help="seed of distilling")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="steps of distilling")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="seed of distilling")] = 0,
 ) -> None:
     """Hold a fine-tune as its base and one bit a weight (BitDelta); with data, its scales are trained towards its logits."""
     from fettle.stages.tenants import make_delta

@@ -110,7 +110,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Replace a JSON file in one step."""
-    write_bytes(path, orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n")
+    write_bytes(path, orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
 
 
 def read_json(path: Path) -> dict:
@@ -194,6 +194,8 @@ def seal(folder: Path) -> None:
         sync(file)
     listed["files"] = {str(p.relative_to(folder)): sha256(p) for p in files}
     write_json(folder / MANIFEST, listed)
+    for file in files:  # some libraries write for the owner alone, whatever the umask says
+        file.chmod((folder / MANIFEST).stat().st_mode)
     for inner in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
         sync(inner)
 

@@ -10,7 +10,6 @@ Intervals: bootstrap by row, as everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,16 +21,14 @@ from torch import Tensor
 from fettle.core import FettleError
 from fettle.core.batch import IGNORE, Example, in_rows, pack
 from fettle.core.files import sha256
-from fettle.data.formats import Sample, to_sample
-from fettle.data.forms import form_of
+from fettle.data.forms import LABELLED, form_of
 from fettle.data.labelled import Labelled
-from fettle.data.parse import BadRow
-from fettle.data.read import read
 from fettle.data.tagged import Tagged
 from fettle.data.template import Encoded, Encoder
 from fettle.evaluate.interval import CELLS, RESAMPLES, SCORES, Score, mean_interval, ratio_interval
 from fettle.evaluate.results import Result, Row
-from fettle.evaluate.tasks import SHOWN, Evaluation, sampled
+from fettle.evaluate.samples import Asked, read_samples
+from fettle.evaluate.tasks import Evaluation
 from fettle.models.roles import evaluating
 
 if TYPE_CHECKING:
@@ -52,15 +49,6 @@ class Tags(Evaluation):
     kind: Literal["tag"] = "tag"
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One row: where it stands, what it says, and its tokens with their right labels."""
-
-    where: str
-    sample: Sample
-    encoded: Encoded
-
-
 def columns_of(path: Path) -> type[Labels | Tags] | None:
     """The evaluation that a JSONL file's first row is for; None where it is another's."""
     try:
@@ -77,7 +65,7 @@ def columns_of(path: Path) -> type[Labels | Tags] | None:
 
 def score_texts(forest: Forest, spec: Labels, advance: Callable[..., None] = lambda *_: None) -> Result:
     """Score every text of a file by the model's own head."""
-    asked, form = _asked(forest, spec, "classify", "labelled")
+    asked, form = labels_of(forest, spec)
     advance(0, len(asked))
     scores = torch.cat([scores for _, scores in _scored(forest, form, [a.encoded for a in asked], advance)]).numpy()
     right = np.array([a.encoded.labels for a in asked])
@@ -99,7 +87,7 @@ def score_texts(forest: Forest, spec: Labels, advance: Callable[..., None] = lam
 
 def score_tags(forest: Forest, spec: Tags, advance: Callable[..., None] = lambda *_: None) -> Result:
     """Score every word of a file by the model's own head."""
-    asked, form = _asked(forest, spec, "tag", "tagged")
+    asked, form = labels_of(forest, spec)
     advance(0, len(asked))
     names = form.names
     rows: list[Row] = []
@@ -134,37 +122,18 @@ def score_tags(forest: Forest, spec: Tags, advance: Callable[..., None] = lambda
 # Rows in, scores out.
 
 
-def _asked(forest: Forest, spec: Evaluation, task: str, format: str) -> tuple[list[Asked], Labelled | Tagged]:
-    """The rows of a file, encoded; FettleError names every row that cannot be used."""
-    form = form_of(forest)
+def labels_of(forest: Forest, spec: Labels | Tags) -> tuple[list[Asked], Labelled | Tagged]:
+    """The rows of a file, encoded; FettleError names the rows that cannot be used."""
+    format = "labelled" if isinstance(spec, Labels) else "tagged"
+    task, form = LABELLED[format], form_of(forest)
     if forest.task != task or not isinstance(form, Labelled | Tagged):
         raise FettleError(
             f"{spec.path}: {format} rows need a model with task: {task}, and {forest.spec.path} is one with task: {forest.task}"
         )
-    samples, problems = [], []
-    for row in read(spec.path):
-        try:
-            if row.value is None:
-                raise BadRow(row.problem or "cannot be read")
-            samples.append((row.where, to_sample(row.value, format)))
-        except BadRow as problem:
-            problems.append(f"{row.where}: {problem}")
-    samples = sampled(samples, spec.limit, spec.seed)
-    asked = []
     encoder = Encoder(forest.tokenizer, form=form)
-    for (where, sample), found in zip(samples, form.encode(encoder, [s for _, s in samples]), strict=True):
-        if isinstance(found, str):
-            problems.append(f"{where}: {found}")
-        else:
-            asked.append(Asked(where, sample, found[0]))
-    if problems:
-        more = (
-            [f"{spec.path}: and {len(problems) - SHOWN} rows more that cannot be used"] if len(problems) > SHOWN else []
-        )
-        raise FettleError("\n".join([*problems[:SHOWN], *more]))
-    if not asked:
-        raise FettleError(f"{spec.path}: no rows")
-    return asked, form
+    return read_samples(
+        spec, format, lambda samples: [f if isinstance(f, str) else f[0] for f in form.encode(encoder, samples)]
+    ), form
 
 
 @torch.no_grad()

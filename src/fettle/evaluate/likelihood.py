@@ -97,13 +97,7 @@ def likelihoods(
 
     The second is computed only where `top` is asked for, and False elsewhere. FettleError names a question over the context.
     """
-    bound = forest.context
-    for asked in questions:
-        size = len(asked.prompt) + max(map(len, asked.paths))
-        if bound and size > bound:
-            raise FettleError(
-                f"{asked.where}: {size} tokens, and the model sees {bound} at most; shorten the row or show fewer shots"
-            )
+    require_room(forest, questions)
     found: list[list[tuple[float, bool]]] = [[] for _ in questions]
     with evaluating(forest.model):
         for group, batch in _batches(forest, questions):
@@ -114,6 +108,17 @@ def likelihoods(
             if progress:
                 progress(group)
     return found
+
+
+def require_room(forest: Forest, questions: Sequence[Question]) -> None:
+    """FettleError names a question that is longer than the model's context."""
+    bound = forest.context
+    for asked in questions:
+        size = len(asked.prompt) + max(map(len, asked.paths))
+        if bound and size > bound:
+            raise FettleError(
+                f"{asked.where}: {size} tokens, and the model sees {bound} at most; shorten the row or show fewer shots"
+            )
 
 
 def _batches(forest: Forest, questions: Sequence[Question]) -> Iterator[tuple[int, Batch]]:

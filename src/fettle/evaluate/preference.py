@@ -24,15 +24,15 @@ import torch
 from fettle.core import FettleError
 from fettle.core.batch import Example, in_rows, pack
 from fettle.core.files import sha256
-from fettle.data.formats import to_sample
+from fettle.data.formats import Sample
 from fettle.data.forms import form_of
-from fettle.data.parse import BadRow
 from fettle.data.preference import Preference, compared
 from fettle.data.read import read
 from fettle.data.template import Encoded, Encoder
 from fettle.evaluate.interval import SCORES, Score, mean_interval
 from fettle.evaluate.results import Result, Row
-from fettle.evaluate.tasks import SHOWN, Evaluation, sampled
+from fettle.evaluate.samples import Asked, read_samples
+from fettle.evaluate.tasks import Evaluation
 from fettle.models.roles import evaluating
 
 if TYPE_CHECKING:
@@ -75,11 +75,6 @@ def holds_preferences(path: Path) -> bool:
 
 def score_preferences(forest: Forest, spec: Preferences, advance: Callable[..., None] = lambda *_: None) -> Result:
     """The rewards of every row's answers, and what they say of the model."""
-    if forest.task not in ("causal", "classify") or forest.task == "classify" and forest.config.num_labels != 1:
-        raise FettleError(
-            f"{spec.path}: preferences need a language model or one with a head of one output, and {forest.spec.path} has "
-            f"task: {forest.task}"
-        )
     judged = list(_judged(forest, spec, advance))
     differences, longer = (np.concatenate(parts) for parts in zip(*(j.pairs() for j in judged), strict=True))
     rows = [_row(one) for one in judged]
@@ -144,41 +139,39 @@ def _row(one: Judged) -> Row:
     return Row(one.where, group, "", "preference", score, shown, " > ".join(f"{r:g}" for r in one.ranks))
 
 
-def _judged(forest: Forest, spec: Preferences, advance: Callable[..., None]) -> Iterator[Judged]:
-    """Rows with the rewards of their answers. FettleError names every row that cannot be used."""
+def preferences_of(forest: Forest, spec: Preferences) -> tuple[list[Asked], Preference]:
+    """The rows of a file, encoded; FettleError names the rows that cannot be used."""
+    if forest.task not in ("causal", "classify") or forest.task == "classify" and forest.config.num_labels != 1:
+        raise FettleError(
+            f"{spec.path}: preferences need a language model or one with a head of one output, and {forest.spec.path} has "
+            f"task: {forest.task}"
+        )
     form = form_of(forest, "compared")
     assert isinstance(form, Preference)
-    samples, problems = [], []
-    for row in read(spec.path):
-        try:
-            if row.value is None:
-                raise BadRow(row.problem or "cannot be read")
-            samples.append((row.where, to_sample(row.value, "preference")))
-        except BadRow as problem:
-            problems.append(f"{row.where}: {problem}")
-    samples = sampled(samples, spec.limit, spec.seed)
-    asked: list[tuple[str, Encoded]] = []
-    for (where, _), made in zip(samples, form.encode(Encoder(forest.tokenizer), [s for _, s in samples]), strict=True):
-        if isinstance(made, str):
-            problems.append(f"{where}: {made}")
-        elif (bound := form.bound) is not None and max(path_lengths(made[0])) > bound:
-            problems.append(
-                f"{where}: an answer with its prompt has {max(path_lengths(made[0]))} tokens, and the model sees {bound}"
-            )
-        else:
-            asked.append((where, made[0]))
-    if problems:
-        more = (
-            [f"{spec.path}: and {len(problems) - SHOWN} rows more that cannot be used"] if len(problems) > SHOWN else []
-        )
-        raise FettleError("\n".join([*problems[:SHOWN], *more]))
-    if not asked:
-        raise FettleError(f"{spec.path}: no rows")
+
+    def encode(samples: Sequence[Sample]) -> list[Encoded | str]:
+        return [_fitting(found, form.bound) for found in form.encode(Encoder(forest.tokenizer), samples)]
+
+    return read_samples(spec, "preference", encode), form
+
+
+def _fitting(found: list[Encoded] | str, bound: int | None) -> Encoded | str:
+    """A row's tokens, or why it has none."""
+    if isinstance(found, str):
+        return found
+    longest = max(path_lengths(found[0]))
+    if bound is not None and longest > bound:
+        return f"an answer with its prompt has {longest} tokens, and the model sees {bound}"
+    return found[0]
+
+
+def _judged(forest: Forest, spec: Preferences, advance: Callable[..., None]) -> Iterator[Judged]:
+    """Rows with the rewards of their answers."""
+    asked, form = preferences_of(forest, spec)
     advance(0, len(asked))
-    for (where, encoded), (rewards, lengths) in zip(
-        asked, _rewards(forest, form, [e for _, e in asked], advance), strict=True
-    ):
-        yield Judged(where, rewards, lengths, encoded.labels[2:])
+    rewards = _rewards(forest, form, [a.encoded for a in asked], advance)
+    for one, (figures, lengths) in zip(asked, rewards, strict=True):
+        yield Judged(one.where, figures, lengths, one.encoded.labels[2:])
 
 
 def path_lengths(encoded: Encoded) -> list[int]:

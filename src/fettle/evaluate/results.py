@@ -10,12 +10,14 @@ from typing import Any
 from rich.table import Table
 
 from fettle.core import FettleError
-from fettle.core.files import read_json, write_json
+from fettle.core.files import make_folder, read_json, sha256, write_json
+from fettle.data.read import place
 from fettle.evaluate.interval import CHANGES, SCORES, Score, mean_interval
-from fettle.evaluate.tasks import Item
+from fettle.evaluate.tasks import Evaluation, Item
 
 RESULTS = "results.json"
 PICTURE = "results.png"
+SETTLED = ("template_hash", "context", "stride")  # settings that the model or its tokenizer decides where none is given
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,7 @@ class Results:
 
     def write(self, folder: Path) -> None:
         """Leave results.json and results.png in a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / RESULTS, asdict(self))
+        write_json(make_folder(folder) / RESULTS, asdict(self))
         draw({str(self.model.get("name") or self.model.get("path")): self}, folder / PICTURE)
 
     @classmethod
@@ -181,13 +182,29 @@ def compare(a: Results | Path, b: Results | Path, seed: int = 0) -> list[Differe
     return [_difference(x, y, seed) for x, y in pairs]
 
 
-def _difference(x: Result, y: Result, seed: int) -> Difference:
-    if x.sha256 != y.sha256:
+def require_shared(a: Results, specs: Sequence[Evaluation]) -> None:
+    """FettleError where results have nothing in common with evaluations that are still to be made, or files have changed."""
+    names = {Path(spec.path).name: Path(spec.path) for spec in specs}
+    shared = [r for r in a.results if r.rows and r.name in names]
+    if not shared:
         raise FettleError(
-            f"{x.name}: the two were run on different files (SHA-256 {x.sha256[:12]} and {y.sha256[:12]}); evaluate both again"
+            f"nothing to compare: the earlier results have {', '.join(r.name for r in a.results)}, asked for are {', '.join(names)}"
         )
-    line = {row.where.rpartition(":")[2]: row for row in y.rows}
-    both = [(row, line[at]) for row in x.rows if (at := row.where.rpartition(":")[2]) in line]
+    for result in shared:
+        _require_same(result.name, result.sha256, sha256(names[result.name]))
+
+
+def _require_same(name: str, a: str, b: str) -> None:
+    if a != b:
+        raise FettleError(
+            f"{name}: the two were run on different files (SHA-256 {a[:12]} and {b[:12]}); evaluate both again"
+        )
+
+
+def _difference(x: Result, y: Result, seed: int) -> Difference:
+    _require_same(x.name, x.sha256, y.sha256)
+    there = {place(row.where)[1:]: row for row in y.rows}
+    both = [(row, there[at]) for row in x.rows if (at := place(row.where)[1:]) in there]
     if not both:
         raise FettleError(f"{x.name}: the two runs took different rows; use the same limit and seed")
     families, clusters = (_changes(both, key, seed) for key in ("family", "cluster"))
@@ -211,8 +228,7 @@ def _notes(x: Result, y: Result, shared: int) -> tuple[str, ...]:
         if not shared == len(x.rows) == len(y.rows)
         else []
     )
-    left = {**x.settings, "template_hash": x.about.get("template_hash")}
-    right = {**y.settings, "template_hash": y.about.get("template_hash")}
+    left, right = ({**r.settings, **{key: r.about.get(key) for key in SETTLED}} for r in (x, y))
     differ = sorted(k for k in left.keys() | right.keys() if k != "path" and left.get(k) != right.get(k))
     return (*notes, *(f"{key} differs: {left.get(key)} and {right.get(key)}" for key in differ))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fettle.core import FettleError
 from fettle.core.files import sha256
-from fettle.evaluate.labels import Labels, Tags, columns_of, score_tags, score_texts
-from fettle.evaluate.likelihood import Question, from_tokens, likelihoods, question
-from fettle.evaluate.perplexity import Perplexity, perplexity
-from fettle.evaluate.preference import Preferences, holds_preferences, score_preferences
-from fettle.evaluate.results import Result, Results, Row
+from fettle.evaluate.labels import Labels, Tags, columns_of, labels_of, score_tags, score_texts
+from fettle.evaluate.likelihood import Question, from_tokens, likelihoods, question, require_room
+from fettle.evaluate.perplexity import Perplexity, perplexity, windows_of
+from fettle.evaluate.preference import Preferences, holds_preferences, preferences_of, score_preferences
+from fettle.evaluate.results import RESULTS, Result, Results, Row
 from fettle.evaluate.tasks import Evaluation, Item, TaskFile
 from fettle.generate.prompts import Prompter, prompter
 from fettle.generate.sample import Sampling, generate
@@ -34,8 +35,11 @@ def evaluate(
 ) -> Results:
     """Run every evaluation; where `folder` is given, leave results.json and results.png in it.
 
-    `model` is what the results say of the model beside its spec (an artifact's name and hash).
+    `model` is what the results say of the model beside its spec (an artifact's name and hash). FettleError, before the model
+    computes anything, names what of the files cannot be used.
     """
+    if wrong := problems(forest, specs):
+        raise FettleError("\n".join(sentence for _, sentence in wrong))
     about = {
         "path": forest.spec.path,
         "revision": forest.spec.revision,
@@ -64,7 +68,7 @@ def _one(forest: Forest, spec: Evaluation, advance: Callable[..., None]) -> Resu
             score, about = perplexity(forest, spec, advance)
             return Result(
                 name=Path(spec.path).name, kind=spec.kind, sha256=sha256(Path(spec.path)),
-                settings=spec.model_dump(mode="json") | {k: about[k] for k in ("context", "stride")}, scores={"perplexity": score}, about=about,
+                settings=spec.model_dump(mode="json"), scores={"perplexity": score}, about=about,
             )  # fmt: skip
         case TaskFile():
             return run_tasks(forest, spec, advance)
@@ -77,23 +81,83 @@ def _one(forest: Forest, spec: Evaluation, advance: Callable[..., None]) -> Resu
     raise FettleError(f"{spec.path}: no way to run an evaluation of kind {type(spec).__name__}")
 
 
+def problems(forest: Forest, specs: Sequence[Evaluation]) -> list[tuple[int, str]]:
+    """What keeps evaluations from being made, found without the model's computing: (place in the list, sentence)."""
+    found = []
+    for i, spec in enumerate(specs):
+        try:
+            _look(forest, spec)
+        except FettleError as error:
+            found += [(i, sentence) for sentence in str(error).splitlines()]
+    return found
+
+
+def _look(forest: Forest, spec: Evaluation) -> None:
+    match spec:
+        case Perplexity():
+            windows_of(forest, spec)
+        case TaskFile():
+            Posed.of(forest, spec)
+        case Labels() | Tags():
+            labels_of(forest, spec)
+        case Preferences():
+            preferences_of(forest, spec)
+
+
+def scored(folder: Path, specs: Sequence[Evaluation]) -> Results | None:
+    """The results that a folder holds, where they are of these evaluations: the same settings on the same files."""
+    if not (folder / RESULTS).exists():
+        return None
+    found = Results.read(folder)
+    wanted = [(spec.model_dump(mode="json"), sha256(Path(spec.path))) for spec in specs]
+    return found if [(r.settings, r.sha256) for r in found.results] == wanted else None
+
+
+@dataclass(frozen=True)
+class Posed:
+    """The questions of a task file as the model will read them: `prompts` to answer and `choices` to weigh, by their place."""
+
+    items: Sequence[Item]
+    render: Prompter
+    prompts: dict[int, list[int]]
+    choices: dict[int, Question]
+
+    @classmethod
+    def of(cls, forest: Forest, spec: TaskFile) -> Posed:
+        """FettleError names rows that are malformed, or longer than the model's context."""
+        items = spec.examples()
+        render = prompter(forest.tokenizer)
+        prompts: dict[int, list[int]] = {}
+        choices: dict[int, Question] = {}
+        for i, (item, shown) in enumerate(zip(items, spec.shown(items), strict=True)):
+            text = prompt_text(item, shown, render)
+            if item.choices:
+                choices[i] = _question(forest, item, text, render)
+                continue
+            prompts[i] = _encoder(item, render)(text)
+            if forest.context and len(prompts[i]) >= forest.context:
+                raise FettleError(
+                    f"{item.where}: the prompt has {len(prompts[i])} tokens, and the model sees {forest.context} at most; "
+                    "shorten the row or lower shots"
+                )
+        require_room(forest, list(choices.values()))
+        return cls(items, render, prompts, choices)
+
+
 def run_tasks(forest: Forest, spec: TaskFile, advance: Callable[..., None] = lambda *_: None) -> Result:
     """Generate or score every row of a task file."""
-    items = spec.examples()
-    advance(0, len(items))
-    shown = spec.shown(items)
-    render = prompter(forest.tokenizer)
-    rows = dict(_generated(forest, spec, items, shown, render, advance))
-    rows |= dict(_chosen(forest, items, shown, render, advance))
-    chats = any(item.messages for item in items)
+    posed = Posed.of(forest, spec)
+    advance(0, len(posed.items))
+    rows = {**_generated(forest, spec, posed, advance), **_chosen(forest, posed, advance)}
+    chats = any(item.messages for item in posed.items)
     about = {
-        "template": render.template_name if chats else None,
-        "template_hash": render.template_hash if chats else None,
+        "template": posed.render.template_name if chats else None,
+        "template_hash": posed.render.template_hash if chats else None,
         "unfinished": sum(row.reason in ("length", "context") for row in rows.values()),
     }
     return Result.of_rows(
         name=Path(spec.path).name, sha256=sha256(Path(spec.path)), settings=spec.model_dump(mode="json"),
-        rows=[rows[i] for i in range(len(items))], about=about,
+        rows=[rows[i] for i in range(len(posed.items))], about=about,
     )  # fmt: skip
 
 
@@ -118,50 +182,33 @@ def _encoder(item: Item, render: Prompter) -> Callable[[str], list[int]]:
     return render.encoder.ids if item.messages else render.plain
 
 
-def _generated(
-    forest: Forest, spec: TaskFile, items: Sequence[Item], shown: Sequence[Sequence[Item]], render: Prompter, advance: Callable[..., None]
-) -> list[tuple[int, Row]]:  # fmt: skip
-    index = [i for i, item in enumerate(items) if not item.choices]
-    prompts = [_encoder(items[i], render)(prompt_text(items[i], shown[i], render)) for i in index]
-    bound = forest.context
-    for i, prompt in zip(index, prompts, strict=True):
-        if bound and len(prompt) >= bound:
-            raise FettleError(
-                f"{items[i].where}: the prompt has {len(prompt)} tokens, and the model sees {bound} at most; shorten the row or lower shots"
-            )
+def _question(forest: Forest, item: Item, text: str, render: Prompter) -> Question:
+    encode = _encoder(item, render)
+    if not forest.config.is_encoder_decoder:
+        return question(encode, text, item.choices, item.where)
+    source = encode(text)  # the prompt is read, the choice is written: no token is of both
+    return from_tokens([(source, render.encoder.ids(choice)) for choice in item.choices], item.where)
+
+
+def _generated(forest: Forest, spec: TaskFile, posed: Posed, advance: Callable[..., None]) -> dict[int, Row]:
     sampling = Sampling(max_tokens=spec.max_tokens, temperature=spec.temperature, stop=spec.stop, seed=spec.seed)
-    answers = generate(forest, prompts, sampling, seeds=index, progress=advance)
-    return [
-        (i, Row.of(items[i], spec.score(items[i], answer.text), answer.text, answer.reason, len(prompt)))
-        for i, prompt, answer in zip(index, prompts, answers, strict=True)
-    ]
+    answers = generate(forest, list(posed.prompts.values()), sampling, seeds=list(posed.prompts), progress=advance)
+    rows = {}
+    for (i, prompt), answer in zip(posed.prompts.items(), answers, strict=True):
+        item = posed.items[i]
+        rows[i] = Row.of(item, spec.score(item, answer.text), answer.text, answer.reason, len(prompt))
+    return rows
 
 
-def _chosen(
-    forest: Forest,
-    items: Sequence[Item],
-    shown: Sequence[Sequence[Item]],
-    render: Prompter,
-    advance: Callable[..., None],
-) -> list[tuple[int, Row]]:
-    index = [i for i, item in enumerate(items) if item.choices]
-    asked: list[Question] = []
-    for i in index:
-        text = prompt_text(items[i], shown[i], render)
-        encode = _encoder(items[i], render)
-        if forest.config.is_encoder_decoder:  # the prompt is read, the choice is written: no token is of both
-            source = encode(text)
-            pairs = [(source, render.encoder.ids(choice)) for choice in items[i].choices]
-            asked.append(from_tokens(pairs, items[i].where))
-        else:
-            asked.append(question(encode, text, items[i].choices, items[i].where))
-    rows = []
-    for i, q, found in zip(index, asked, likelihoods(forest, asked, advance), strict=True):
-        item, logps = items[i], [logp for logp, _ in found]
+def _chosen(forest: Forest, posed: Posed, advance: Callable[..., None]) -> dict[int, Row]:
+    rows = {}
+    found = likelihoods(forest, list(posed.choices.values()), advance)
+    for (i, asked), paths in zip(posed.choices.items(), found, strict=True):
+        item, logps = posed.items[i], [logp for logp, _ in paths]
         pick = max(range(len(logps)), key=logps.__getitem__)
         fair = max(range(len(logps)), key=lambda j: logps[j] / len(item.choices[j]))
-        row = Row.of(item, float(pick == item.right), item.choices[pick], "", len(q.prompt), float(fair == item.right))
-        rows.append((i, row))
+        score, normalised = float(pick == item.right), float(fair == item.right)
+        rows[i] = Row.of(item, score, item.choices[pick], "", len(asked.prompt), normalised)
     return rows
 
 

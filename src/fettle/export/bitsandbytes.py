@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,8 +33,7 @@ from fettle.export.common import (
     write_manifest,
 )
 from fettle.export.packed import Packed, Tensors, packed, save_folder, unrounded
-from fettle.export.parity import QUANTIZED, Parity, Reference, check, measure, plain_logits, wide_logits
-from fettle.models.parts import quiet
+from fettle.export.parity import QUANTIZED, Parity, Reference, check, measure, plain_logits, silently, wide_logits
 from fettle.models.select import linears
 from fettle.models.surgery import replace
 from fettle.models.tasks import auto_class
@@ -213,8 +211,7 @@ def _as_read(made: Packed) -> Tensor:
 
 def _reread(forest: Forest, folder: Path) -> nn.Module:
     """The folder as transformers opens it, dequantized by bitsandbytes: its int8 layers would round their inputs too."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at import which kernels are missing
-    with quiet():
+    with silently():
         model = auto_class(forest.spec.model_copy(update={"task": forest.task}), forest.config).from_pretrained(
             folder,
             dtype="auto",

@@ -10,10 +10,7 @@ Each layer is named in the group of its grid, so a model may be on several; what
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Sequence
-from contextlib import redirect_stderr
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +20,7 @@ from torch import Tensor, nn
 from fettle.core import FettleError
 from fettle.core.families import Edit
 from fettle.export.packed import Format, export_folder, reread_here
-from fettle.export.parity import Parity
-from fettle.models.parts import quiet
+from fettle.export.parity import Parity, silently
 from fettle.models.tasks import auto_class
 from fettle.quantize.activations import Activations
 from fettle.quantize.layouts import affine_of, compressed
@@ -147,8 +143,7 @@ def _reread(forest: Forest, scales: torch.dtype, folder: Path, inputs: bool) -> 
     for group in groups:
         group["input_activations"] = group["input_activations"] if inputs else None
     said = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if uneven else {}
-    with quiet(), warnings.catch_warnings(), redirect_stderr(StringIO()):  # it has bars of its own
-        warnings.simplefilter("ignore")
+    with silently():
         model = auto_class(spec, forest.config).from_pretrained(
             folder,
             config=config,

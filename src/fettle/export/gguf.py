@@ -10,12 +10,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-import warnings
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +29,7 @@ from fettle.export.common import folded, refuse_rounded_inputs, write_manifest
 from fettle.export.gguf_blocks import FLOATS, TYPES, blocks, fitting, rounded
 from fettle.export.gguf_model import Facts, architecture, arranged, named, rope_factors, sizes
 from fettle.export.gguf_tokenizer import Vocabulary, vocabulary
-from fettle.export.parity import QUANTIZED, Parity, check, measure, plain_logits
-from fettle.models.parts import quiet
+from fettle.export.parity import QUANTIZED, Parity, check, measure, plain_logits, silently
 from fettle.models.tasks import auto_class
 from fettle.models.weight import read_weight
 from fettle.quantize.layouts import Affine, affine_of
@@ -208,8 +204,7 @@ def _reread(forest: Forest, file: Path) -> nn.Module:
     config = copy.deepcopy(forest.config)
     if config.model_type == "mistral":  # without windows it is a Llama, and as such the file names it
         config = LlamaConfig(**{k: v for k, v in config.to_dict().items() if k not in ("model_type", "sliding_window")})
-    with quiet(), warnings.catch_warnings(), redirect_stderr(StringIO()):  # it has bars of its own
-        warnings.simplefilter("ignore")
+    with silently():
         return auto_class(forest.spec.model_copy(update={"task": "causal"}), config).from_pretrained(  # type: ignore[no-any-return]
             file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, config=config,
             local_files_only=True,

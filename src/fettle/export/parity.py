@@ -13,9 +13,11 @@ weights of few bits, whose rounding is noise beside the effect, half of it must 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from fettle.core import FettleError
 from fettle.core.batch import Example, Node, pack
 from fettle.models.encdec import start_token
+from fettle.models.parts import quiet
 from fettle.models.roles import evaluating
 
 if TYPE_CHECKING:
@@ -34,6 +37,14 @@ SEQUENCES, LENGTH, SEED = 4, 48, 20240
 FLOOR = {torch.float64: 1e-6}  # of a model in float64; 1e-4 for others
 LOST = 0.1  # of the adaptation's effect, at most
 QUANTIZED = 0.5  # the same where the sum is rounded to few bits, whose noise is beside it
+
+
+@contextmanager
+def silently() -> Iterator[None]:
+    """Without what other libraries say while they read back what was written: bars, warnings, the kernels that they lack."""
+    with quiet(), warnings.catch_warnings(), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ What a method is called there, and what its tensors are called, stands in one pl
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from fettle.core.families import Edit
 from fettle.core.files import new_folder, read_json, write_json
 from fettle.export import peft_ia3, peft_lora, peft_prompts
 from fettle.export.common import refuse_linear_experts, save_tokenizer, write_manifest
-from fettle.export.parity import Parity, check, measure, wide_logits
+from fettle.export.parity import Parity, check, measure, silently, wide_logits
 from fettle.models.load import load
 from fettle.models.surgery import added
 from fettle.models.weight import is_quantized
@@ -158,15 +159,14 @@ def _reloaded(forest: Forest, rest: Sequence[Edit], folder: Path) -> tuple[nn.Mo
     for edit in rest:
         if not edit.tensors(forest.model):
             edit.apply(fresh.model)
-    try:
+    ours = any(is_quantized(m) for m in fresh.model.modules())  # in a form that peft does not know
+    if ours or importlib.util.find_spec("peft") is None:
+        load_peft(fresh, folder)
+        return fresh.model, "fettle"
+    with silently():
         from peft import PeftModel
-    except ImportError:
-        load_peft(fresh, folder)
-        return fresh.model, "fettle"
-    if any(is_quantized(m) for m in fresh.model.modules()):  # in a form that peft does not know
-        load_peft(fresh, folder)
-        return fresh.model, "fettle"
-    return PeftModel.from_pretrained(fresh.model, folder), "peft"
+
+        return PeftModel.from_pretrained(fresh.model, folder), "peft"
 
 
 def _text_logits(model: nn.Module, rows: tuple[tuple[int, ...], ...], front: int) -> Tensor:

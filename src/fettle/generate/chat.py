@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from itertools import zip_longest
 from typing import TYPE_CHECKING, TextIO
 
@@ -80,7 +81,8 @@ def chat(
 ) -> None:
     """Talk to one model, or to several at once, until /quit or the end of the input.
 
-    `source` is where lines come from: the keyboard, or whatever is piped in.
+    `source` is where lines come from: the keyboard, or whatever is piped in. FettleError, at the end, where a message that was
+    piped in has no answer.
     """
     console = console or Console(highlight=False)
     names = names or [str(m.spec.path) for m in models]
@@ -88,7 +90,8 @@ def chat(
     _restart(talks, system)
     if console.is_terminal:
         console.print(Text(f"{' | '.join(names)}: {HELP}", style="dim"))
-    for line in _lines(source or sys.stdin, console):
+    source, unanswered = source or sys.stdin, 0
+    for line in _lines(source, console):
         command, _, rest = line.partition(" ")
         match command:
             case "":
@@ -105,7 +108,11 @@ def chat(
             case _ if command.startswith("/"):
                 console.print(Text(HELP, style="dim"))
             case _:
-                _exchange(talks, line, console)
+                unanswered += not _exchange(talks, line, console)
+    if unanswered and not source.isatty():
+        raise FettleError(
+            f"{unanswered} of the messages {'has' if unanswered == 1 else 'have'} no answer, as said above"
+        )
 
 
 def _restart(talks: Sequence[Talk], system: str) -> None:
@@ -113,8 +120,11 @@ def _restart(talks: Sequence[Talk], system: str) -> None:
         talk.messages = [{"role": "system", "content": system}] if system else []
 
 
-def _exchange(talks: Sequence[Talk], line: str, console: Console) -> None:
+def _exchange(talks: Sequence[Talk], line: str, console: Console) -> bool:
+    """One message and what is said to it; whether there is an answer."""
     try:
+        if not line.isprintable() and any("\ud800" <= c <= "\udfff" for c in line):
+            raise FettleError("the message is no UTF-8 text")
         if len(talks) == 1:
             _one(talks[0], line, console)
         elif console.is_terminal:
@@ -127,6 +137,8 @@ def _exchange(talks: Sequence[Talk], line: str, console: Console) -> None:
         console.print(Text("\n(stopped)", style="dim"))
     except FettleError as error:
         console.print(Text(str(error), style="red"), soft_wrap=True)
+        return False
+    return True
 
 
 def _one(talk: Talk, line: str, console: Console) -> None:
@@ -164,7 +176,9 @@ def _lines(source: TextIO, console: Console) -> Iterator[str]:
             except (EOFError, KeyboardInterrupt):
                 console.print()
                 return
+    if isinstance(source, TextIOWrapper):
+        source.reconfigure(encoding="utf-8", errors="surrogateescape")
     for line in source:
         if not console.is_terminal and line.strip():
-            console.print(Text(f"> {line.strip()}"), soft_wrap=True)
+            console.print(Text(f"> {shown(line.strip())}"), soft_wrap=True)
         yield line.strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fettle.core.files import write_json
+from fettle.core.locks import alone_in
 from fettle.evaluate import Results, TaskFile, compare, evaluate
 from fettle.evaluate.results import difference_table, draw
 from fettle.export import export
@@ -25,18 +27,26 @@ EACH = 20  # items a family in the evaluations that are written; the demo scores
 
 
 def demo(data: str | None = None, short: bool = False, console: Console | None = None) -> Path:
-    """Run the demo under ./runs; returns the artifact. `data` replaces the lab's instructions by a file of yours."""
+    """Run the demo in ./runs/demo, which is its own and made anew; returns the artifact.
+
+    `data` replaces the lab's instructions by a file of yours. FettleError, before anything is removed, where it is not there.
+    """
     console = console or Console()
-    lab, output = Path("runs/lab"), Path("runs/quickstart")
-    shutil.rmtree(output, ignore_errors=True)
+    lab, output = Path("runs/lab"), Path("runs/demo")
+    changes = ["evaluate=[]", f"output={output}", *(["optim.steps=30"] if short else [])]
+    recipe = load_recipe(
+        recipe_file("quickstart.yaml"), [*changes, *([f"data=[{{path: {json.dumps(data)}}}]"] if data else [])]
+    )
+    if data:
+        recipe.stages[0].require_data()
+    with alone_in(output):
+        shutil.rmtree(output, ignore_errors=True)
     console.rule("the lab: a small world, its instructions and its tasks")
-    written = write_lab(lab, documents=0, instructions=2_000 if short else 12_000, each=EACH)
+    written = write_lab(lab, documents=0, instructions=12_000, each=EACH)
     console.print("  ".join(f"{name}: {rows:,} rows" for name, rows in written.items()))
-    changes = ["evaluate=[]", *(["optim.steps=30"] if short else []), *([f"data=[{{path: {data}}}]"] if data else [])]
-    recipe = load_recipe(recipe_file("quickstart.yaml"), changes)
-    console.rule("fettle check recipes/quickstart.yaml")
+    console.rule(f"fettle check recipes/quickstart.yaml output={output}")
     check(recipe, examples=1 if short else 2, console=console)
-    console.rule("fettle run recipes/quickstart.yaml")
+    console.rule(f"fettle run recipes/quickstart.yaml output={output}")
     artifact = run(recipe)
     console.print(f"report: {output / 'report.md'}   picture: {output / 'loss.png'}")
     base, _ = open_model(str(recipe.stages[0].model.path))
@@ -44,7 +54,7 @@ def demo(data: str | None = None, short: bool = False, console: Console | None =
     console.rule("before and after")
     before_and_after(base, tuned, lab / "tasks", output, 3 if short else 8, console)
     answers({"base": base, "tuned": tuned}, lab / "tasks", console)
-    console.rule("fettle export runs/quickstart --to hf")
+    console.rule(f"fettle export {output} --to hf -o {output / 'merged'}")
     parity = export(tuned, edits, output / "merged", "hf")
     console.print(
         f"{output / 'merged'}: reads back with {parity.checked_with}, logits {parity.written_difference:.2g} from what was written "
@@ -94,7 +104,7 @@ def next_steps(output: Path, console: Console) -> None:
     for command, what in (
         (f"fettle chat {output} fettle/tiny", "talk to both, side by side"),
         (f"fettle eval {output} runs/lab/tasks", "every score, by family, with intervals"),
-        ("fettle run recipes/quickstart.yaml optim.lr=1e-3 output=runs/mine", "another learning rate"),
+        ("fettle run recipes/quickstart.yaml optim.lr=1e-3", "another learning rate"),
         (f"fettle export {output} --to peft", "an adapter that peft and vLLM load"),
         ("fettle lab list", "the claims you can reproduce here"),
     ):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import fettle
@@ -34,6 +34,7 @@ from fettle.models.tasks import auto_class, headed, own_problems, resolved
 INDEX = "model.safetensors.index.json"
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _WHAT = {"config.json": "model", "tokenizer_config.json": "tokenizer"}
+LONGEST = 400  # characters of a library's message
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -113,6 +114,10 @@ def folder_of(path: str, revision: str | None = None, needs: str = "config.json"
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / needs).is_file():
+            if (folder / MANIFEST).is_file() and (kind := read_json(folder / MANIFEST).get("format")):
+                raise FettleError(
+                    f"{folder}: an export to '{kind}', for other tools to load; here give the run or the model that it was made of"
+                )
             if any((place / MANIFEST).is_file() for place in (folder, folder / "artifact")):
                 raise FettleError(
                     f"{folder}: what a run left, and no model of its own; put the stage behind that run's in one recipe, or merge it first "
@@ -188,10 +193,10 @@ def pretrained(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
             torch.manual_seed(spec.seed)  # of a head that the checkpoint does not have
             model, report = auto_class(spec, config).from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
-                trust_remote_code=spec.trust_remote_code, ignore_mismatched_sizes=spec.task != "causal",
+                trust_remote_code=spec.trust_remote_code, ignore_mismatched_sizes=True,  # they are in the report
             )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise FettleError(f"{folder}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise FettleError(f"{_damaged(folder) or folder}: the model cannot be loaded: {_whole(error)}") from error
     name_body(model)
     found = own_problems(model, report)
     if packed:
@@ -267,13 +272,30 @@ def configuration(spec: ModelSpec) -> Any:
         try:
             return AutoConfig.for_model(settings.pop("model_type"), **settings)
         except (ValueError, TypeError, KeyError) as error:
-            raise FettleError(f"model.config: {str(error).strip().splitlines()[0]}") from None
+            raise FettleError(f"model.config: {_whole(error)}") from None
     folder = folder_of(spec.path, spec.revision)
     check_code(folder, spec.trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FettleError(f"{folder}: the model cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise FettleError(f"{folder}: the model cannot be loaded: {_whole(error)}") from error
+
+
+def _whole(error: Exception) -> str:
+    """What a library says, in one line and not without end."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
+
+
+def _damaged(folder: Path) -> Path | None:
+    """The first file of weights that cannot be opened."""
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError):
+            return file
+    return None
 
 
 def check_code(folder: Path, trusted: bool) -> None:
@@ -315,7 +337,10 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FettleError(f"{folder}: the tokenizer cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise FettleError(
+            f"{folder}: the tokenizer cannot be loaded: {_whole(error)}; put its files there, or name another folder in "
+            "model.tokenizer"
+        ) from error
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:

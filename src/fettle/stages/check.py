@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fettle.core.errors import FettleError
-from fettle.core.families import Edit
 from fettle.data.inspect import problems as data_problems
 from fettle.data.inspect import show
 from fettle.data.source import Corpus
+from fettle.evaluate import problems as evaluation_problems
 from fettle.models.forest import Forest
 from fettle.models.memory import MemoryPlan, available, predict, resident, worst_batch
 from fettle.models.prompt import find as find_prompt
@@ -54,6 +54,11 @@ class Report:
     corpus: Any = None  # whatever has a table()
 
     @property
+    def remarks(self) -> Text:
+        """The notes, a line each."""
+        return Text("\n".join(f"note: {note}" for note in self.notes), style="yellow")
+
+    @property
     def ok(self) -> bool:
         """Whether a run may start."""
         return not self.problems
@@ -72,15 +77,15 @@ class Report:
         for what, size in self.memory.rows():
             rows.add_row(f"memory: {what}", _size(size))
         rows.add_row("memory: there is", _size(self.room))
-        said = [Text(f"note: {note}", style="yellow") for note in self.notes]
+        said = [self.remarks]
         said += [Text(f"refused: {problem}", style="bold red") for problem in self.problems]
         said += [] if self.problems else [Text("ready to run", style="bold green")]
         return Group(*([self.corpus.table()] if self.corpus else []), rows, *said)
 
 
-def preflight(name: str, forest: Forest, edits: Sequence[Edit], corpus: Corpus, job: Job) -> Report:
+def preflight(recipe: Recipe, forest: Forest, corpus: Corpus, job: Job) -> Report:
     """Everything that can be known without a step. FettleError where nothing trains, so that there is no step to know of."""
-    report = survey(name, edits, job, lambda: memory_of(forest, job, corpus))
+    report = survey(recipe, job, lambda: memory_of(forest, job, corpus))
     report.corpus = corpus
     report.problems += data_problems(corpus)
     report.problems += too_long(forest, corpus)
@@ -91,9 +96,9 @@ def preflight(name: str, forest: Forest, edits: Sequence[Edit], corpus: Corpus, 
     return report
 
 
-def survey(name: str, edits: Sequence[Edit], job: Job, memory: Callable[[], MemoryPlan]) -> Report:
+def survey(recipe: Recipe, job: Job, memory: Callable[[], MemoryPlan]) -> Report:
     """What can be known of a job whatever its data are. FettleError where nothing trains."""
-    forest = job.model
+    forest, edits = job.model, recipe.edits
     unsound = [f"{'.'.join(map(str, where))}: {what}" for where, what in senseless_on(forest.model, edits)]
     weights = list(forest.model.parameters())
     trained = sum(p.numel() for p in weights if p.requires_grad)
@@ -101,10 +106,11 @@ def survey(name: str, edits: Sequence[Edit], job: Job, memory: Callable[[], Memo
         raise FettleError("\n".join(unsound))
     unsound += [f"{'.'.join(map(str, where))}: {what}" for where, what in too_short(edits, job.steps)]
     report = Report(
-        name=name, parameters=count_weights(forest.model), trained=trained, steps=job.steps,
+        name=str(recipe.output), parameters=count_weights(forest.model), trained=trained, steps=job.steps,
         memory=memory(), room=available(forest.device) + _held(forest),
     )  # fmt: skip
     report.problems += unsound
+    report.problems += [f"evaluate.{i}: {what}" for i, what in evaluation_problems(forest, recipe.evaluate)]
     for i, edit in enumerate(edits):
         targets = getattr(edit, "targets", None)
         for pattern, missed in partly_matched(forest.model, targets).items() if targets else ():
@@ -144,7 +150,9 @@ def memory_of(forest: Forest, job: Job, corpus: Corpus) -> MemoryPlan:
 
 
 def gate(report: Report) -> None:
-    """FettleError with every problem, where there is one."""
+    """Tell what there is to know before a run. FettleError with every problem, where there is one."""
+    if report.notes:
+        Console(stderr=True).print(report.remarks)
     if report.problems:
         raise FettleError("\n".join(report.problems))
 
@@ -226,11 +234,12 @@ def _check_one(
     pipeline: Pipeline, number: int, forest: Forest, examples: int, console: Console, time_steps: bool
 ) -> Report:
     recipe: Recipe = pipeline.stages[number - 1]
+    recipe.require_data()
     corpus = recipe.corpus(forest)
     for example in corpus.examples(examples):
         console.print(show(example, forest.tokenizer))
     job = recipe.job(forest, corpus, recipe.optim.length(corpus.batches_per_epoch))
-    report = preflight(str(recipe.output), forest, recipe.edits, corpus, job)
+    report = preflight(recipe, forest, corpus, job)
     if report.ok and time_steps:
         began = time.perf_counter()
         recipe.refer(replace(job, steps=3, validation=None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,11 +12,13 @@ from pydantic import Field, PrivateAttr, TypeAdapter
 from fettle.core.config import Document, read
 from fettle.core.errors import FettleError
 from fettle.core.families import Stage
+from fettle.core.locks import alone_in
 from fettle.core.spec import Spec, one_of
 from fettle.stages.quantize import Quantize as Quantize  # a stage is known once it is imported
 from fettle.stages.reinforce import Reinforce as Reinforce
 from fettle.stages.tune import OF_A_RUN
 from fettle.stages.versus import Versus as Versus
+from fettle.train.parallel import World
 
 AnyStage: TypeAlias = one_of(Stage, default="tune")  # type: ignore[valid-type]
 
@@ -72,12 +75,13 @@ def _same_model(pipeline: Pipeline, document: Document) -> None:
 
 
 def run(recipe: Stage | Pipeline, resume: bool = False) -> Path:
-    """Run a recipe to its end; returns the folder of the last artifact."""
+    """Run a recipe to its end; returns the folder of the last artifact. FettleError where another process runs it now."""
     pipeline = recipe if isinstance(recipe, Pipeline) else Pipeline(stages=(recipe,))
     parent: Path | None = None
     for number, stage in enumerate(pipeline.stages):
         try:
-            parent = stage.run(parent, resume=resume)
+            with alone_in(stage.output) if World.rank_here() == 0 else nullcontext():
+                parent = stage.run(parent, resume=resume)
         except FettleError as error:
             error.args = (pipeline.placed(number, str(error)),)
             raise

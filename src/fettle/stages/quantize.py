@@ -26,8 +26,7 @@ from fettle.core.files import MANIFEST, read_json, sha256, sweep, write_json
 from fettle.core.spec import Spec, refuse
 from fettle.data import DataSpec, content_hash, prepare
 from fettle.data.forms import form_of
-from fettle.evaluate import EvalSpec, Results, evaluate
-from fettle.evaluate.results import RESULTS
+from fettle.evaluate import EvalSpec, evaluate, scored
 from fettle.models.blockwise import Blockwise
 from fettle.models.forest import Forest
 from fettle.models.memory import MemoryPlan, available, measure_peak, reset_peak, resident, weight_bytes
@@ -143,15 +142,11 @@ class Quantize(Stage):
             return calibration
 
     def _scored(self, forest: Forest, name: str) -> list[dict[str, Any]]:
-        """Scores of a model as it is, read again where a run that goes on has them, on the same files."""
+        """Scores of a model as it is, read again where a run that goes on has them."""
         if not self.evaluate:
             return []
-        if (self.output / name / RESULTS).exists():
-            found = Results.read(self.output / name)
-            files = [(Path(spec.path).name, sha256(Path(spec.path))) for spec in self.evaluate]
-            if [(r.name, r.sha256) for r in found.results] == files:
-                return found.summary()
-        return evaluate(forest, self.evaluate, self.output / name).summary()
+        found = scored(self.output / name, self.evaluate) or evaluate(forest, self.evaluate, self.output / name)
+        return found.summary()
 
     def _reported(self, target: Path, forest: Forest) -> None:
         facts = read_json(target / MANIFEST)

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from fettle.core.errors import FettleError
-from fettle.core.families import Edit
 from fettle.data.prompts import Prompts
 from fettle.models.memory import predict
 from fettle.stages.artifact import find_artifact
@@ -30,15 +29,13 @@ if TYPE_CHECKING:
 SHOWN = 4  # answers of a prompt
 
 
-def preflight(name: str, edits: Sequence[Edit], prompts: Prompts, job: Job) -> Report:
+def preflight(recipe: Reinforce, prompts: Prompts, job: Job) -> Report:
     """Everything that can be known without a step. FettleError where nothing trains."""
     forest, source = job.model, job.batches
     assert isinstance(source, Rollouts)
     batch = fullest(source.objective, source.shape[0], forest.context or source.shape[0])
     state = STATE_BYTES[job.optim.kind]
-    report = survey(
-        name, edits, job, lambda: predict(forest, batch, lambda model, b: job.objective(model, b).sum, state, 2)
-    )
+    report = survey(recipe, job, lambda: predict(forest, batch, lambda model, b: job.objective(model, b).sum, state, 2))
     report.corpus = prompts
     report.notes += prompts.notes
     report.notes.append(
@@ -50,10 +47,11 @@ def preflight(name: str, edits: Sequence[Edit], prompts: Prompts, job: Job) -> R
 
 def look(stage: Reinforce, before: Sequence[Any], examples: int, console: Console, time_steps: bool) -> Report:
     """What `fettle check` shows of the stage. Where a parent or a reward model is not there yet, no answer is rewarded."""
+    stage.require_data()
     people, lacking = _people(stage, before)
     prompts = stage.prompts(people.policy)
     job = stage.rolling(people, prompts)
-    report = preflight(str(stage.output), stage.edits, prompts, job)
+    report = preflight(stage, prompts, job)
     report.notes += [f"{what} is not there yet, so no answers are shown and no time is taken" for what in lacking]
     if lacking or not report.ok:
         return report

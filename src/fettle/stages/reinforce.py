@@ -9,8 +9,8 @@ output/checkpoints/         what --resume goes on from, in the middle of a phase
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from fettle.feedback.rewards import AnyReward, Means
 from fettle.generate.remote import Remote
 from fettle.models.critic import detach
 from fettle.models.forest import Forest
-from fettle.models.memory import measure_peak, reset_peak
+from fettle.models.memory import reset_peak
 from fettle.objectives.grpo import GRPO
 from fettle.objectives.policy import PolicyGradient
 from fettle.stages.artifact import find_artifact
@@ -35,7 +35,7 @@ from fettle.stages.cast import Cast, CriticSpec, Part, cast
 from fettle.stages.check import Report, gate
 from fettle.stages.rehearse import look, preflight
 from fettle.stages.tune import ARTIFACT, OF_A_RUN, Recipe
-from fettle.train import Job, fit
+from fettle.train import Job, Spent, fit
 from fettle.train.parallel import World
 from fettle.train.rollouts import Actors, Mix, Rollouts, RolloutSpec
 
@@ -80,17 +80,20 @@ class Reinforce(Recipe):
         target, world, parent = self.output / ARTIFACT, World.join(None), self._parent(parent)
         if self._is_done(target, parent, world, resume):
             return target
-        began = time.time()
+        self.require_data()
         reset_peak()
+        spent = Spent(self.output if resume else None)
         people = self.cast(parent)
         prompts = self.prompts(people.policy)
         Console(stderr=True).print(prompts.table())
-        job = self.rolling(people, prompts, resume, parent)
-        gate(preflight(str(self.output), self.edits, prompts, job))
+        job = replace(self.rolling(people, prompts, resume, parent), spent=spent)
+        report = preflight(self, prompts, job)
+        gate(report)
         last = fit(job)
         policy, edits = people.policy, (*people.before, *self.edits)
         facts = self.facts(policy, prompts, job.steps, last)  # type: ignore[arg-type]
-        facts |= {"seconds": time.time() - began, "peak_bytes": measure_peak(), "made_of": job.made_of}
+        facts |= {"seconds": spent.seconds, "peak_bytes": spent.peak(policy.device)}
+        facts |= {"made_of": job.made_of, "notes": report.notes}
         detach(policy)
         for edit in edits:
             edit.settle(policy.model)

@@ -22,11 +22,6 @@ def write_report(folder: Path, facts: dict[str, Any]) -> None:
     write_bytes(folder / REPORT, page(facts, rows).encode())
 
 
-def has_report(folder: Path) -> bool:
-    """Whether a run's report and its picture are there."""
-    return (folder / REPORT).exists() and (folder / PICTURE).exists()
-
-
 def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The text of the report, in Markdown."""
     recipe, last = facts["recipe"], facts["last"] or (rows[-1] if rows else {})
@@ -67,6 +62,8 @@ def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "",
         _of_dicts(facts["data"]),
     ]
+    if facts.get("notes"):
+        lines += ["", *(f"- {note}" for note in facts["notes"])]
     if facts.get("evaluation"):
         lines += ["", "## Evaluation", "", _of_dicts(facts["evaluation"])]
     return "\n".join(lines) + "\n"

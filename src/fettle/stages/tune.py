@@ -9,8 +9,8 @@ output/checkpoints/         what --resume goes on from
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +24,12 @@ from fettle.core.files import MANIFEST, read_json, sha256, sweep
 from fettle.core.spec import Spec, refuse
 from fettle.data import DataSpec, content_hash, prepare
 from fettle.data.forms import form_of
+from fettle.data.read import files
+from fettle.data.rows import shared
 from fettle.data.source import Corpus
-from fettle.evaluate import EvalSpec, Results, evaluate
-from fettle.evaluate.results import RESULTS
+from fettle.evaluate import EvalSpec, evaluate, scored
 from fettle.models.forest import Forest
-from fettle.models.memory import measure_peak, reset_peak
+from fettle.models.memory import reset_peak
 from fettle.models.spec import ModelSpec
 from fettle.models.weight import count_weights
 from fettle.objectives import SFT, AnyObjective, Reward
@@ -46,10 +47,10 @@ from fettle.stages.deltas import bring, tuned_identity
 from fettle.stages.edits import AnyEdit, naming
 from fettle.stages.heads import HEAD, headed_for, load_for, objective_for, with_head
 from fettle.stages.reference import Kept, identity_of, refer, reference_identity
-from fettle.stages.report import has_report, write_report
+from fettle.stages.report import write_report
 from fettle.stages.sense import senseless
 from fettle.stages.teacher import Said, taught, teacher_identity
-from fettle.train import CheckpointSpec, Job, OptimSpec, Validation, ValidationSpec, fit
+from fettle.train import CheckpointSpec, Job, OptimSpec, Spent, Validation, ValidationSpec, fit
 from fettle.train.agreement import require_same
 from fettle.train.parallel import World
 
@@ -82,17 +83,6 @@ class Recipe(Stage):
     cache: Path | None = Field(default=None, description="where tokenized data is kept; default: <output>/cache")
 
     @model_validator(mode="after")
-    def _held_out(self) -> Recipe:
-        trained = {source.path for source in self.data}
-        for source in self.validation.data if self.validation else ():
-            if source.path in trained:
-                raise ValueError(
-                    f"validation: '{source.path}' is also trained on, so its loss is not a held-out one; "
-                    "put rows aside in a file of their own"
-                )
-        return self
-
-    @model_validator(mode="after")
     def _makes_sense(self) -> Recipe:
         refuse(senseless(self))
         return self
@@ -102,25 +92,44 @@ class Recipe(Stage):
         target, world = self.output / ARTIFACT, World.join(self.optim.accumulate)
         if self._is_done(target, parent, world, resume):
             return target
-        began = time.time()
+        self.require_data()
         reset_peak()
+        spent = Spent(self.output if resume else None)
         forest, edits = self.open(parent)
         corpus = self.corpus(forest)
         Console(stderr=True).print(corpus.table())
         steps = self.optim.length(corpus.batches_per_epoch)
-        job = self.job(forest, corpus, steps, resume, parent)
+        job = replace(self.job(forest, corpus, steps, resume, parent), spent=spent)
         if job.validation is not None:
             Console(stderr=True).print(job.validation.corpus.table("held-out data"))
-        gate(preflight(str(self.output), forest, self.edits, corpus, job))
+        report = preflight(self, forest, corpus, job)
+        gate(report)
         self.refer(job, self._cache, parent, world)
         last = fit(job)
         facts = self.facts(forest, corpus, steps, last)
-        facts |= {"seconds": time.time() - began, "peak_bytes": measure_peak(), "made_of": job.made_of}
+        facts |= {"seconds": spent.seconds, "peak_bytes": spent.peak(forest.device)}
+        facts |= {"made_of": job.made_of, "notes": report.notes}
         for edit in edits:
             edit.settle(forest.model)
         facts["quantized"] = describe(forest.model)
         self._leave(target, forest, edits, facts, world)
         return target
+
+    def require_data(self) -> None:
+        """FettleError, by its key, where a source of data is not there, or held-out rows are trained on."""
+        held = self.validation.data if self.validation else ()
+        for key, sources in (("data", self.data), ("validation.data", held)):
+            for i, source in enumerate(sources):
+                try:
+                    files(source.path) if not source.is_hub else None
+                except FettleError as error:
+                    raise FettleError(f"{key}.{i}.path: {error}") from None
+        for i, source in enumerate(held):
+            if (same := shared(source, self.data)) is not None:
+                raise FettleError(
+                    f"validation.data.{i}.path: '{same}' is also trained on, so its loss is not a held-out one; put rows "
+                    "aside in a file of their own"
+                )
 
     def _is_done(self, target: Path, parent: Path | None, world: World, resume: bool) -> bool:
         """Whether a resumed run has its artifact, with all that belongs to it. FettleError where the output holds another run."""
@@ -134,12 +143,13 @@ class Recipe(Stage):
         return False
 
     def _leave(self, target: Path, forest: Forest, edits: Sequence[Edit], facts: dict[str, Any], world: World) -> None:
-        """Write the artifact, evaluate, report."""
+        """Write the artifact and the report, evaluate, and add the scores to the report."""
         if world.first:
             save_artifact(target, forest, edits, facts)
+            write_report(self.output, facts)
         world.wait()
         found = self._evaluated(forest, world)
-        if world.first:
+        if world.first and found:
             write_report(self.output, facts | found)
 
     def _complete(self, target: Path, parent: Path | None, world: World) -> None:
@@ -148,14 +158,14 @@ class Recipe(Stage):
         now = self.made_of(parent)
         recipe = {key: facts["recipe"].get(key) for key in now["recipe"]}
         require_same(target, facts.get("made_of", now | {"recipe": recipe}), now)  # earlier manifests: the recipe alone
-        scored = not self.evaluate or (self.output / EVALUATION / RESULTS).exists()
-        if not world.first or (scored and has_report(self.output)):
+        if not world.first:
             return
-        if scored:
-            found = {"evaluation": Results.read(self.output / EVALUATION).summary()} if self.evaluate else {}
-        else:
+        folder, found = self.output / EVALUATION, {}
+        if self.evaluate and (results := scored(folder, self.evaluate)) is not None:
+            found = {"evaluation": results.summary()}
+        elif self.evaluate:
             forest, _ = open_artifact(target, **self.model.model_dump(include=set(OF_A_RUN)))
-            found = self._evaluated(forest, world)
+            found = {"evaluation": evaluate(forest, self.evaluate, folder).summary()}
         write_report(self.output, facts | found)
 
     def _evaluated(self, forest: Forest, world: World) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fettle.core.files import make_folder, new_file, writing
+from fettle.models.memory import measure_peak
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
 
@@ -28,6 +30,24 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except orjson.JSONDecodeError:
             break
     return rows
+
+
+class Spent:
+    """Time and memory of a run, over all the processes that it takes: `resumed` is the folder of one that goes on."""
+
+    def __init__(self, resumed: Path | None = None) -> None:
+        before = (read_metrics(resumed) if resumed else []) or [{}]
+        self._began = time.time() - before[-1].get("elapsed", 0.0)
+        self._peak = before[-1].get("peak_bytes", 0)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time between its processes."""
+        return time.time() - self._began
+
+    def peak(self, device: torch.device) -> int:
+        """Most bytes that one of its processes held."""
+        return max(self._peak, measure_peak(device))
 
 
 class Log:

@@ -26,7 +26,7 @@ from fettle.core.files import sweep
 from fettle.train import checkpoint
 from fettle.train.agreement import require_same
 from fettle.train.checkpoint import CheckpointSpec
-from fettle.train.log import Log, Rate
+from fettle.train.log import Log, Rate, Spent
 from fettle.train.optim import Masters, OptimSpec, build, norm, set_lr
 from fettle.train.parallel import World
 from fettle.train.seeds import seed_all
@@ -88,6 +88,7 @@ class Job:
     made_of: dict[str, Any] = field(default_factory=dict)  # what a checkpoint must agree with (train/agreement.py)
     resume: bool = False
     quiet: bool = False
+    spent: Spent = field(default_factory=Spent)  # what the run has taken so far
     validation: Validation | None = None  # a held-out loss on the way
     on_row: Callable[[dict[str, Any]], None] = lambda row: None  # called with each step's figures
 
@@ -120,6 +121,7 @@ def fit(job: Job) -> dict[str, float]:
                     rate.skip(found["validation_seconds"])
                     log.say(f"step {step + 1}: held-out loss {found.get('validation_loss', math.nan):.4f}")
                     last |= found
+                last |= {"elapsed": job.spent.seconds, "peak_bytes": job.spent.peak(job.model.device)}
                 log.row(last)
                 job.on_row(last)
                 show(step + 1, _line(last))

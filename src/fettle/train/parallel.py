@@ -41,6 +41,11 @@ class World:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         return World(dist.get_rank(), size)
 
+    @staticmethod
+    def rank_here() -> int:
+        """This process's number as torchrun says it, whether or not it has joined; 0 where there is one process."""
+        return int(os.environ.get("RANK", "0"))
+
     @property
     def first(self) -> bool:
         """Whether this process writes the files."""

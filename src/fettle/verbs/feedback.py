@@ -23,7 +23,7 @@ def label(
         Path | None,
         typer.Option("-o", "--output", help="file of the labels; default: ITEMS.LABELER.jsonl beside the items"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="seed of the order in which answers are shown")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the order in which answers are shown")] = 0,
 ) -> None:
     """Judge answers side by side, a key a judgement. Stop at any moment: every label is kept, and the next call goes on."""
     from fettle.feedback.label import label as ask
@@ -38,7 +38,7 @@ def report(
     trusted: Annotated[list[str] | None, typer.Option(help="a labeler whom the others are held against")] = None,
     gold: Annotated[list[str] | None, typer.Option(help="a file of labels that are right")] = None,
     gate: Annotated[float, typer.Option(min=0, max=1, help="agreement that a labeler should reach")] = 0.75,
-    seed: Annotated[int, typer.Option(help="seed of the intervals")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the intervals")] = 0,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="file for the same as JSON")] = None,
 ) -> None:
     """Who labelled, how far they agree, whom to rely on, and which model's answers are preferred."""

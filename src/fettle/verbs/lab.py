@@ -24,9 +24,9 @@ def lab_list() -> None:
 @app.command("run")
 def lab_run(
     claim: Annotated[str, typer.Argument(help="a claim of `fettle lab list`")],
-    seeds: Annotated[int, typer.Option(help="how many seeds")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="how many seeds")] = 3,
     each: Annotated[
-        int | None, typer.Option(help="evaluation items a task family; default: as many as the claim needs")
+        int | None, typer.Option(min=1, help="evaluation items a task family; default: as many as the claim needs")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of the recipe, as in optim.steps=50")
@@ -41,9 +41,9 @@ def lab_run(
 @app.command("data")
 def lab_data(
     output: Annotated[Path, typer.Argument(help="folder to write")] = Path("runs/lab"),
-    seed: Annotated[int, typer.Option(help="seed of the world and its texts")] = 0,
-    documents: Annotated[int, typer.Option(help="documents of the pre-training corpus")] = 0,
-    instructions: Annotated[int, typer.Option(help="rows of instructions")] = 12_000,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the world and its texts")] = 0,
+    documents: Annotated[int, typer.Option(min=0, help="documents of the pre-training corpus")] = 0,
+    instructions: Annotated[int, typer.Option(min=1, help="rows of instructions")] = 12_000,
 ) -> None:
     """Write the lab's corpus, instructions and tasks."""
     from fettle.lab import write_lab

@@ -18,7 +18,7 @@ def peft_compare(
     overrides: Overrides = None,
     arms: ArmsFile = None,
     only: OnlyArms = None,
-    seeds: Annotated[int, typer.Option(help="how many seeds")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="how many seeds")] = 1,
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the runs and findings")] = Path(
         "runs/compare"
     ),

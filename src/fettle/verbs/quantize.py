@@ -43,7 +43,7 @@ def quantize_compare(
     overrides: Overrides = None,
     arms: ArmsFile = None,
     only: OnlyArms = None,
-    seeds: Annotated[int, typer.Option(help="how many seeds, of calibration text and of training")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="how many seeds, of calibration text and of training")] = 1,
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the runs and findings")] = Path(
         "runs/quantizers"
     ),
@@ -70,7 +70,7 @@ def quantize_plan(
     overrides: Overrides = None,
     bits: Annotated[float, typer.Option(help="bits a weight over all layers, scales counted")] = 4.25,
     choices: Annotated[str, typer.Option(help="the bits that a layer may have")] = "2,3,4,5,6,8",
-    rows: Annotated[int, typer.Option(help="rows of the calibration text to measure on")] = 8,
+    rows: Annotated[int, typer.Option(min=1, help="rows of the calibration text to measure on")] = 8,
     output: Annotated[Path, typer.Option("-o", "--output", help="the recipe to write")] = Path("mixed.yaml"),
 ) -> None:
     """Mixed precision: measure how much each layer feels fewer bits, and write a recipe that spends a budget where it matters."""

@@ -77,7 +77,7 @@ def test_perplexity_in_the_results(forest: Forest, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("The baker sells bread in the morning. " * 30)
     results = evaluate(forest, [Perplexity(path=str(tmp_path / "a.txt"), context=64)], tmp_path / "out", progress=True)
     (result,) = results.results
-    assert result.settings["context"] == 64 and result.settings["stride"] == 63 and result.main[0] == "perplexity"
+    assert result.about["context"] == 64 and result.about["stride"] == 63 and result.main[0] == "perplexity"
     assert Results.read(tmp_path / "out") == results
     assert not (tmp_path / "out" / "results.png").exists()
     cells = printed(results)
