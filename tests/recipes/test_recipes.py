@@ -3,7 +3,6 @@ are read by tests/unit/test_docs.py."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from fettle.core.config import read_yaml
 from fettle.lab.alignment import write_alignment
 from fettle.lab.world import World
+from fettle.lab.write import write_lab
 from fettle.stages import check, load_recipe
 from fettle.stages.compare import read_arms
 
@@ -35,11 +35,11 @@ def test_every_arm_fits_the_recipe_it_changes(arm: str) -> None:
     assert stage.optim.lr == wanted["optim"]["lr"]
 
 
-def test_the_quickstart_passes_its_check(tmp_path: Path) -> None:
-    rows = [{"instruction": f"Say the number {i}.", "output": str(i)} for i in range(40)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    here = [f"data.0.path={tmp_path}/rows.jsonl", f"output={tmp_path}/out", "batch.tokens=256", "model.dtype=float32"]
-    (report,) = check(load_recipe(QUICKSTART, here), 1, time_steps=False)
+def test_the_quickstart_passes_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the lab's data where it says that they lie, fewer of them."""
+    monkeypatch.chdir(tmp_path)
+    write_lab(Path("runs/lab"), documents=0, instructions=200, each=2)
+    (report,) = check(load_recipe(QUICKSTART), 1, time_steps=False)
     assert report.ok and report.steps == 600 and 0 < report.trained < report.parameters
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +26,59 @@ def code_of(arguments: list[str]) -> int:
     with pytest.raises(SystemExit) as end:
         main(arguments)
     return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "chat m --max-tokens 0", "chat m --temperature -1", "chat m --seed -1", "eval m t --limit 0", "eval m t --shots -1",
+        "eval m t --seed -1", "check r -n -1", "lab run c --seeds 0", "lab data --instructions 0", "delta m -o o --steps 0",
+    ],
+)  # fmt: skip
+def test_arguments_out_of_range_are_refused_before_anything_is_loaded(
+    words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fettle.stages
+
+    monkeypatch.setattr(fettle.stages, "open_model", lambda name: pytest.fail("a model was loaded"))
+    assert code_of(words.split()) == 2
+    assert "Invalid value for" in capsys.readouterr().err
+
+
+def test_what_an_evaluation_is_compared_with_is_looked_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fettle.stages
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fettle.stages, "open_model", lambda name: pytest.fail("a model was loaded"))
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "answer": "b"}')
+    scores = {"mean": 1.0, "low": None, "high": None, "n": 1}
+    row = {
+        "where": "t.jsonl:1",
+        "family": "",
+        "cluster": "",
+        "metric": "exact",
+        "score": 1.0,
+        "output": "b",
+        "right": "b",
+    }
+    result = {"name": "t.jsonl", "kind": "task", "sha256": "0" * 64, "settings": {}, "scores": {"score": scores}}
+    result |= {"families": {}, "clusters": {}, "about": {}, "rows": [row]}
+    for name, content, said in (
+        ("none.json", None, "none.json: no such file"),
+        ("odd.json", {"a": 1}, "not a results file"),
+        (
+            "other.json",
+            {"model": {}, "results": [result | {"name": "u.jsonl"}]},
+            "nothing to compare: .* u.jsonl, .* t.jsonl",
+        ),
+        ("changed.json", {"model": {}, "results": [result]}, "t.jsonl: the two were run on different files"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_text(json.dumps(content))
+        assert code_of(["eval", "m", "t.jsonl", "--against", name]) == 1
+        assert re.search(said, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)

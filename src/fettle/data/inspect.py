@@ -160,8 +160,25 @@ def stretches(node: Node) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def show(example: Example, tokenizer: Any) -> Text:
-    """An example token by token: learned tokens on green (by turns two shades), others dim, weights other than 1 on gold."""
+def legend(coloured: bool = True) -> Text:
+    """What the looks of `show` mean."""
+    if not coloured:
+        return Text("⟦learned│token│by│token⟧ with a weight behind it where that is not 1; the rest is read only\n")
+    parts = (
+        ("learned", LEARNED),
+        (" token by ", ""),
+        ("token", ALSO_LEARNED),
+        (", ", ""),
+        ("with another weight than 1", WEIGHTED),
+    )
+    return Text.assemble(*parts, ", ", ("read only", SEEN), "\n")
+
+
+def show(example: Example, tokenizer: Any, coloured: bool = True) -> Text:
+    """An example token by token: learned tokens on green (by turns two shades), others dim, weights other than 1 on gold.
+
+    Where there are no colours, learned tokens stand in ⟦ │ ⟧.
+    """
     text = Text()
     label = f"   labels {example.extra['labels'].tolist()}" if "labels" in example.extra else ""
     text.append(f"{example.name}{label}\n", style="bold")
@@ -169,13 +186,24 @@ def show(example: Example, tokenizer: Any) -> Text:
     for number, node in enumerate(example.nodes):
         if number or said:
             text.append(f"{chr(10) if number else ''}-- {said.get(number, _place(number, node))} --\n", style="bold")
+        before = 0.0
         for i, (piece, start, stop) in enumerate(token_texts(node.tokens.tolist(), tokenizer)):
             weight = float(node.weights[start:stop].max())
-            style = (
-                (SEEN, ALSO_SEEN)[i % 2] if not weight else WEIGHTED if weight != 1 else (LEARNED, ALSO_LEARNED)[i % 2]
-            )
-            text.append(piece.replace("\n", "↵\n"), style=style)
+            if coloured:
+                two = (SEEN, ALSO_SEEN) if not weight else (LEARNED, ALSO_LEARNED)
+                text.append(piece.replace("\n", "↵\n"), style=WEIGHTED if weight not in (0, 1) else two[i % 2])
+            else:
+                text.append(_between(before, weight) + piece.replace("\n", "↵\n"))
+            before = weight
+        text.append("" if coloured else _between(before, 0.0))
     return text
+
+
+def _between(before: float, after: float) -> str:
+    """What stands between two tokens of these weights where there are no colours."""
+    if before == after:
+        return "│" if after else ""
+    return (f"⟧{'' if before == 1 else f'({before:g})'}" if before else "") + ("⟦" if after else "")
 
 
 def _place(number: int, node: Node) -> str:

@@ -97,7 +97,7 @@ class Prompts:
     def table(self) -> Table:
         """The counts of each source, to print."""
         table = Table(title="prompts", title_justify="left", title_style="bold")
-        for head in ("source", "rows read", "kept", "set aside", "tokens", "longest", "an epoch"):
+        for head in ("source", "rows\nread", "kept", "set\naside", "tokens", "longest", "an epoch"):
             table.add_column(head, justify="left" if head == "source" else "right", overflow="fold")
         for c in self.counts:
             numbers = (c.read, c.kept, c.set_aside, c.tokens, c.longest, c.per_epoch)

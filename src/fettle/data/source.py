@@ -180,7 +180,7 @@ class Corpus:
     def table(self, title: str = "data") -> Table:
         """The counts of each source, to print."""
         table = Table(title=title, title_justify="left", title_style="bold")
-        for head in ("source", "rows read", "kept", "set aside", "cut", "tokens", "learned", "share"):
+        for head in ("source", "rows\nread", "kept", "set\naside", "cut", "tokens", "learned", "share"):
             table.add_column(head, justify="left" if head == "source" else "right", overflow="fold")
         for c in self.counts:
             made = " ".join(filter(None, (c.format, c.template and f"({c.template} template)", c.compared)))

@@ -119,7 +119,15 @@ def read_artifact(folder: Path, **changes: Any) -> Adaptation:
     source = {key: manifest[key] for key in ("model", "edits") if key in manifest}
     made: Adaptation = validate(Adaptation, source, str(folder / MANIFEST))
     spec = made.model.model_copy(update=changes)
-    if spec.config is None and manifest.get("base_hash") != (found := base_hash(folder_of(spec.path, spec.revision))):
+    if spec.config is not None:
+        return made.model_copy(update={"model": spec})
+    try:
+        found = base_hash(folder_of(spec.path, spec.revision))
+    except FettleError as error:
+        raise FettleError(
+            f"{folder}: its base, '{spec.path}' in {MANIFEST}, cannot be opened from here: {error}"
+        ) from None
+    if manifest.get("base_hash") != found:
         raise FettleError(
             f"{folder}: was trained on another base than '{spec.path}' is now "
             f"(hash {str(manifest.get('base_hash'))[:12]}, found {found[:12]}); give the right base in {MANIFEST} or train again"

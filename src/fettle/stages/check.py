@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fettle.core.errors import FettleError
+from fettle.data.inspect import legend, show
 from fettle.data.inspect import problems as data_problems
-from fettle.data.inspect import show
 from fettle.data.source import Corpus
 from fettle.evaluate import problems as evaluation_problems
 from fettle.models.forest import Forest
@@ -118,6 +118,12 @@ def survey(recipe: Recipe, job: Job, memory: Callable[[], MemoryPlan]) -> Report
                 f"edits.{i}.targets: '{pattern}' takes some layers of a kind and leaves out {len(missed)} ({', '.join(missed[:3])}"
                 f"{', ...' if len(missed) > 3 else ''}); name them by number if that is meant"
             )
+    warmup, rate = job.optim.warmup_of(job.steps), job.optim.lr_at(job.steps - 1, job.steps)
+    if warmup > job.steps:
+        report.notes.append(
+            f"optim.warmup: the warm-up takes {warmup} steps and the run has {job.steps}, so the learning rate reaches {rate:.3g} of "
+            f"{job.optim.lr:g}"
+        )
     if report.memory.total > report.room:
         report.problems.append(
             f"memory: the run needs {_size(report.memory.total)} and there are {_size(report.room)}; lower batch.tokens "
@@ -236,8 +242,11 @@ def _check_one(
     recipe: Recipe = pipeline.stages[number - 1]
     recipe.require_data()
     corpus = recipe.corpus(forest)
+    coloured = console.color_system is not None
+    if examples:
+        console.print(legend(coloured))
     for example in corpus.examples(examples):
-        console.print(show(example, forest.tokenizer))
+        console.print(show(example, forest.tokenizer, coloured))
     job = recipe.job(forest, corpus, recipe.optim.length(corpus.batches_per_epoch))
     report = preflight(recipe, forest, corpus, job)
     if report.ok and time_steps:

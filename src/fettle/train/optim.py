@@ -42,9 +42,13 @@ class OptimSpec(Spec):
             return self.steps
         return max(1, math.ceil((self.epochs or 1.0) * batches / self.accumulate))
 
+    def warmup_of(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps`."""
+        return int(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of step 0 <= `step` < `steps`: warm-up, then the schedule down to `floor`."""
-        warmup = int(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
+        warmup = self.warmup_of(steps)
         if step < warmup:
             return self.lr * (step + 1) / warmup
         share = (step - warmup) / max(1, steps - warmup)

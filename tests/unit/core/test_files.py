@@ -144,3 +144,13 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path: Path) -> None:
 def test_what_cannot_be_read_meanwhile_is_not_blamed_on_the_writing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), new_folder(tmp_path / "out" / "f"):
         open(tmp_path / "in" / "missing")
+
+
+def test_a_sealed_folder_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "f") as aside:
+        (aside / "a.bin").write_bytes(b"a")
+        (aside / "a.bin").chmod(0o600)  # as a library leaves what it made as a temporary file
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "f").iterdir()}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes == {0o666 & ~umask}

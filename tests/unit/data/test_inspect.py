@@ -127,6 +127,10 @@ def test_show_colours_what_is_learned(tmp_path: Path) -> None:
     text = show(example, tokenizer)
     green = "".join(text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style))
     assert green == "Yes 🙂<|im_end|>"
+    plain = show(example, tokenizer, coloured=False)
+    assert not [s for s in plain.spans if "green" in str(s.style)] and plain.plain.endswith(
+        "assistant↵\n⟦Y│es│ │🙂│<|im_end|>⟧↵\n"
+    )
     half = Example(
         (
             Node(example.nodes[0].tokens, example.nodes[0].weights * 0.5),
@@ -135,5 +139,7 @@ def test_show_colours_what_is_learned(tmp_path: Path) -> None:
         "two",
     )
     shown = show(half, tokenizer)
+    marked = show(half, tokenizer, coloured=False).plain
+    assert "<|im_end|>⟧(0.5)↵" in marked and marked.endswith("<|im_end|>⟧↵\n")
     assert any("gold" in str(s.style) for s in shown.spans) and "segment 1, after segment 0" in shown.plain
     Console(quiet=True).print(shown)

@@ -286,6 +286,12 @@ def test_rows_that_the_template_refuses_are_set_aside(tmp_path: Path, tokenizer)
     assert any("a.jsonl:8: the template refuses it: no sevens" in note for note in corpus.notes)
 
 
+def test_one_object_over_many_lines_is_no_rows(tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"text": "one"}]}, indent=1))
+    with pytest.raises(FettleError, match=r"a\.json: one JSON object over many lines; rows are read from a list"):
+        prepare([DataSpec(path=str(tmp_path / "a.json"))], tokenizer, 64)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -190,6 +190,18 @@ def test_text_and_completion(kind: str) -> None:
     assert tokenizer.decode(pair.tokens[len(head) : start]).startswith("Yes, no")
 
 
+def test_a_template_that_is_no_template_names_its_model() -> None:
+    broken = deepcopy(model_of("chatml"))
+    broken.chat_template = "{% for message in messages %}{{ message['role'] "
+    broken.name_or_path = "some/model"
+    for ask in (
+        lambda: Encoder(broken).render([{"role": "user", "content": "a"}]),
+        lambda: encode(sample_of(TALK), broken),
+    ):
+        with pytest.raises(FettleError, match=r"^some/model: the chat template is not valid Jinja: line 1"):
+            ask()
+
+
 def test_named_defaults() -> None:
     assert chat_template(tokenizer_of("chatml")).name == "chatml"
     assert chat_template(tokenizer_of("mistral")).name == "plain"

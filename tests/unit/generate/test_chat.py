@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 
 import pytest
 from rich.console import Console
 
+from fettle.core.errors import FettleError
 from fettle.generate import chat as module
 from fettle.generate.chat import Talk, chat, shown
 from fettle.generate.sample import Sampling
@@ -20,10 +22,12 @@ def forest(tiny_llama) -> Forest:
     return load(ModelSpec(path=str(tiny_llama), dtype="float32"))
 
 
-def talk(forests, text: str, terminal: bool = False, **more) -> str:
+def talk(forests, text: str | bytes, terminal: bool = False, refused: str = "", **more) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=100, color_system=None, highlight=False)
-    chat(forests, console=console, source=io.StringIO(text), sampling=Sampling(max_tokens=6), **more)
+    source = io.StringIO(text) if isinstance(text, str) else io.TextIOWrapper(io.BytesIO(text))
+    with pytest.raises(FettleError, match=refused) if refused else nullcontext():
+        chat(forests, console=console, source=source, sampling=Sampling(max_tokens=6), **more)
     return out.getvalue()
 
 
@@ -74,9 +78,15 @@ def test_the_oldest_turns_go_first(forest: Forest) -> None:
 
 
 def test_a_message_over_the_context_is_refused_and_forgotten(forest: Forest) -> None:
-    out = talk([forest], "bread " * 600 + "\nHello\n")
+    out = talk([forest], "bread " * 600 + "\nHello\n", refused="^1 of the messages has no answer")
     assert "sees 512 at most; say less" in out.replace("\n", " ")
     assert "> Hello" in out
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_rest_is_answered(forest: Forest) -> None:
+    out = talk([forest], "你 ".encode() + b"\xff\nHello\n\xfe\n", refused="^2 of the messages have no answer")
+    assert out.count("the message is no UTF-8 text") == 2 and "> 你" in out
+    assert len(out.split("> Hello\n")[1].splitlines()[0].strip()) > 0
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:

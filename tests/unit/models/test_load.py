@@ -106,13 +106,22 @@ def test_weights_too_many(folder: Path) -> None:
 
 def test_weights_of_another_shape(folder: Path) -> None:
     edit_config(folder, intermediate_size=32)
-    refused(folder, "cannot be loaded|another shape")
+    refused(folder, "has in another shape 6 of the weights of .*model.layers.0.mlp.down_proj.weight")
 
 
 def test_a_damaged_file(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    refused(folder, "cannot be loaded")
+    refused(folder, "model.safetensors: the model cannot be loaded: .*header")
+
+
+def test_a_tokenizer_that_is_not_there(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    refused(
+        folder,
+        r"m: the tokenizer cannot be loaded: .{100,}; put its files there, or name another folder in model\.tokenizer",
+    )
 
 
 def test_a_name_that_is_nothing(tmp_path: Path) -> None:
@@ -289,6 +298,14 @@ def test_a_spec_of_random_weights_can_be_read_again_from_a_manifest() -> None:
     dumped = spec.model_dump(mode="json")
     assert "path" not in dumped and ModelSpec.model_validate(dumped) == spec
     assert ModelSpec.model_validate(ModelSpec().model_dump(mode="json")) == ModelSpec()
+
+
+def test_an_export_for_others_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"kind": "export", "format": "llama"}')
+    with pytest.raises(
+        FettleError, match="an export to 'llama', for other tools to load; here give the run or the model"
+    ):
+        loading.folder_of(str(tmp_path))
 
 
 @pytest.mark.parametrize("inside", ["", "artifact"])

@@ -109,6 +109,14 @@ def test_a_later_stage_names_no_model_of_its_own(recipe: Path, tiny_llama: Path)
         load_recipe(recipe)
 
 
+def test_a_warm_up_that_does_not_end_is_noted(recipe: Path) -> None:
+    reports, said = checked(recipe, "stages.0.optim.warmup=20", "stages.0.optim.lr=1e-3", "stages.1.optim.warmup=3")
+    assert "the warm-up takes 20 steps and the run has 2, so the learning rate reaches 0.0001 of 0.001" in " ".join(
+        said.split()
+    )
+    assert ["warm-up" in " ".join(report.notes) for report in reports] == [True, False, False]
+
+
 def test_steps_and_held_out_losses_are_timed(recipe: Path) -> None:
     reports, said = checked(recipe, time_steps=True)
     assert all(report.step_seconds for report in reports)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fettle.core.errors import FettleError
 from fettle.core.locks import alone_in
-from fettle.stages import check, load_recipe, run
+from fettle.stages import check, load_recipe, open_model, run
 from fettle.train import loop
 from fettle.train.log import read_metrics
 
@@ -153,3 +154,18 @@ def test_rows_that_are_trained_on_are_no_held_out_rows(recipe: Path, name: str) 
         check(pipeline, 0, time_steps=False)
     (folder / "held.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}))
     run(load_recipe(recipe, [f"validation={{data: [{{path: {folder / 'held.jsonl'}}}]}}"]))
+
+
+def test_an_artifact_on_a_relative_base_names_itself_elsewhere(
+    recipe: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = recipe.parent
+    shutil.copytree(tiny_llama, folder / "base")
+    monkeypatch.chdir(folder)
+    artifact = run(load_recipe(recipe, ["model.path=./base", "evaluate=[]"]))
+    assert open_model(str(artifact))[1]
+    monkeypatch.chdir("/")
+    with pytest.raises(
+        FettleError, match=r"artifact: its base, '\./base' in manifest\.json, cannot be opened from here: .*no folder"
+    ):
+        open_model(str(artifact))

@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from fettle.train import adam8bit
 from fettle.train.adam8bit import AdamW8bit, dequantize, dynamic_code, quantize
 from fettle.train.optim import Masters, OptimSpec, build, norm
 
@@ -106,3 +107,15 @@ def test_adamw8bit_is_exact_for_small_tensors() -> None:
             weight.grad = weight.detach() ** 3
             optimizer.step()
     assert torch.allclose(one, two, atol=1e-6)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_table_finds_what_a_search_finds(signed: bool) -> None:
+    code = adam8bit.dynamic_code(signed)
+    middles = (code[1:] + code[:-1]) / 2
+    patterns = torch.arange(-(1 << 31), 1 << 31, 9973).to(torch.int32).view(torch.float32)
+    beside = [torch.nextafter(middles, torch.tensor(to)) for to in (2.0, -2.0)]
+    values = torch.cat([patterns, middles, *beside, code])
+    values = values[values.isfinite() & (values.abs() <= 1) & ((values >= 0) | signed)]
+    assert len(values) > 100_000
+    assert torch.equal(adam8bit.nearest(values, signed).long(), torch.bucketize(values, middles))
