@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 32 << 20  # of float32 logits alive at once
+ROUND = (
+    64  # rows are made up to a multiple of this, so that the matrix library meets few shapes: it keeps memory for each
+)
 KEEP_BYTES = 64 << 20  # of slopes [N, V] kept for the backward pass of a head that trains; more are computed again
 
 
@@ -42,6 +45,12 @@ class Head:
 
     def logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities float32 [N] of targets int64 [N] after hidden [N, C], a chunk of rows at a time."""
+        count, up = len(hidden), -len(hidden) % ROUND
+        if up:
+            hidden, targets = nn.functional.pad(hidden, (0, 0, 0, up)), nn.functional.pad(targets, (0, up))
+        return self._logps(hidden, targets)[:count]
+
+    def _logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
         if _is_plain(self.module):
             weight, bias = self.module.weight, self.module.bias
             trains = torch.is_grad_enabled() and any(w is not None and w.requires_grad for w in (weight, bias))

@@ -40,8 +40,8 @@ class Bucket:
     """N tiles of one padded shape (N, L, S), for each of H query heads and K key heads.
 
     `queries` int64 [N*H*L] and `keys` int64 [N*K*S] are rows of tables [T*H, D] and [T*K, D]; a tile that is smaller
-    repeats its first query and key, so that nothing of another document comes near it. `spare` lists those of `queries`
-    that only fill up. `bias` [N or 1, 1, L, B] is of the last B columns: -inf where a key is not seen, else 0; all rows see
+    repeats its first query and key, so that nothing of another document comes near it; tiles that make up the number repeat
+    those of the first one, and nobody reads them. `spare` lists those of `queries` that only fill up. `bias` [N or 1, 1, L, B] is of the last B columns: -inf where a key is not seen, else 0; all rows see
     all columns before.
     """
 
@@ -135,9 +135,10 @@ class Plan:
         for (rows, columns), tiles in sorted(shapes.items()):
             most = max(1, SCORES // (rows * columns))
             for group in (tiles[i : i + most] for i in range(0, len(tiles), most)):
-                queries = _filled([np.arange(t.start, t.start + t.rows) for t in group], rows)
-                bias = _bias(group, rows, columns, window, dtype, device)
-                groups.append((queries, _filled([t.keys for t in group], columns), bias))
+                count = _counted(len(group))
+                queries = _filled([np.arange(t.start, t.start + t.rows) for t in group], rows, count)
+                bias = _bias(group, rows, columns, window, dtype, device, count)
+                groups.append((queries, _filled([t.keys for t in group], columns, count), bias))
         return Tiling(
             tuple(_bucket(*group, heads, device) for group in groups),
             _bags([queries for queries, _, _ in groups], self.length, heads[0], device),
@@ -181,10 +182,19 @@ def _fitted(n: int) -> int:
     return -(-n // 32) * 32
 
 
-def _filled(rows: list[np.ndarray], width: int) -> np.ndarray:
-    """int64 [N, width]: each row, with -1 behind it."""
-    table = np.full((len(rows), width), -1)
-    for line, row in zip(table, rows, strict=True):
+def _counted(n: int) -> int:
+    """A number of tiles rounded up to one of few, two from each power of two to the next.
+
+    The matrix library keeps half a megabyte for every shape that it has met in 16 bits, and a thousand of them.
+    """
+    step = 1 << max(0, (n - 1).bit_length() - 2)
+    return -(-n // step) * step
+
+
+def _filled(rows: list[np.ndarray], width: int, count: int) -> np.ndarray:
+    """int64 [count, width]: each row, with -1 behind it, and rows of -1 behind them all."""
+    table = np.full((count, width), -1)
+    for line, row in zip(table, rows, strict=False):
         line[: len(row)] = row
     return table
 
@@ -195,7 +205,8 @@ def _bucket(
     """Of tokens [N, L] and [N, S], -1 for none."""
 
     def of_heads(tokens: np.ndarray, many: int) -> Tensor:
-        tokens = np.where(tokens < 0, tokens[:, :1], tokens)[:, None]
+        first = np.where(tokens[:, :1] < 0, tokens[0, 0], tokens[:, :1])
+        tokens = np.where(tokens < 0, first, tokens)[:, None]
         return torch.from_numpy((tokens * many + np.arange(many)[:, None]).ravel()).to(device)
 
     (n, rows), columns = queries.shape, keys.shape[1]
@@ -227,14 +238,17 @@ def _bags(tables: list[np.ndarray], length: int, heads: int, device: torch.devic
 
 
 def _bias(
-    tiles: list[Tile], rows: int, columns: int, window: int | None, dtype: torch.dtype, device: torch.device
+    tiles: list[Tile], rows: int, columns: int, window: int | None, dtype: torch.dtype, device: torch.device, count: int
 ) -> Tensor:
-    """[N or 1, 1, L, B]."""
+    """[N or 1, 1, L, B] for `count` tiles, of which those behind `tiles` see all."""
     if window is None and all(t.causal and t.at == 0 for t in tiles):
         seen = torch.ones(1, rows, columns, dtype=torch.bool, device=device).tril()  # one for all tiles
     else:
         clear = 0 if window is not None else min(t.at if t.causal else len(t.keys) for t in tiles)
-        seen = torch.from_numpy(_seen(tiles, rows, columns, clear, window)).to(device)
+        of_tiles = _seen(tiles, rows, columns, clear, window)
+        whole = np.ones((count, *of_tiles.shape[1:]), bool)
+        whole[: len(tiles)] = of_tiles
+        seen = torch.from_numpy(whole).to(device)
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)[:, None]
 
 

@@ -93,7 +93,7 @@ class Reinforce(Recipe):
         policy, edits = people.policy, (*people.before, *self.edits)
         facts = self.facts(policy, prompts, job.steps, last)  # type: ignore[arg-type]
         facts |= {"seconds": spent.seconds, "peak_bytes": spent.peak(policy.device)}
-        facts |= {"made_of": job.made_of, "notes": report.notes}
+        facts |= {"made_of": job.made_of, "notes": report.notes, "predicted_bytes": report.memory.total}
         detach(policy)
         for edit in edits:
             edit.settle(policy.model)

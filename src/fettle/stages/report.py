@@ -50,7 +50,7 @@ def page(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
                 ["useful tokens", f"{useful:,} read" + (f", {learned:,.0f} learned" if unit == "token" else "")],
                 *([[f"{unit}s", f"{learned:,.0f}"]] if unit != "token" else []),
                 ["useful tokens/s", f"{useful / max(seconds, 1e-9):,.0f}"],
-                ["peak memory", f"{facts['peak_bytes'] / 2**30:.2f} GiB"],
+                ["peak memory", f"{facts['peak_bytes'] / 2**30:.2f} GiB" + _predicted(facts)],
                 ["time", f"{facts['seconds']:,.0f} s"],
                 ["learning rate at the end", f"{last.get('lr', 0):.3g}"],
                 ["versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items())],
@@ -97,6 +97,11 @@ def held_out(rows: list[dict[str, Any]]) -> str:
         return ""
     first, last, low = (f"{loss:.4f} (step {step})" for loss, step in (found[0], found[-1], min(found)))
     return f"{first} -> {last}, lowest {low}"
+
+
+def _predicted(facts: dict[str, Any]) -> str:
+    size = facts.get("predicted_bytes")
+    return f" ({size / 2**30:.2f} GiB predicted)" if size else ""
 
 
 def _loss(row: dict[str, Any]) -> str:

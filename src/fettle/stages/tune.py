@@ -108,7 +108,7 @@ class Recipe(Stage):
         last = fit(job)
         facts = self.facts(forest, corpus, steps, last)
         facts |= {"seconds": spent.seconds, "peak_bytes": spent.peak(forest.device)}
-        facts |= {"made_of": job.made_of, "notes": report.notes}
+        facts |= {"made_of": job.made_of, "notes": report.notes, "predicted_bytes": report.memory.total}
         for edit in edits:
             edit.settle(forest.model)
         facts["quantized"] = describe(forest.model)

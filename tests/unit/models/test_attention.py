@@ -220,3 +220,9 @@ def test_dropout_of_attention_is_not_left_out() -> None:
     assert not torch.equal(forest.logps(row()), forest.logps(row()))
     model.eval()
     assert torch.equal(forest.logps(row()), forest.logps(row()))
+
+
+def test_numbers_of_tiles_are_few() -> None:
+    """The matrix library keeps memory for each that it meets."""
+    numbers = [plans._counted(n) for n in range(1, 257)]
+    assert all(n <= up <= 1.5 * n for n, up in enumerate(numbers, 1)) and len(set(numbers)) == 16
