@@ -85,7 +85,8 @@ class Corpus:
         self.counts = self._counted()
         self.notes = [note for s in self.sources for note in s.store.manifest["notes"]]
         self.notes += [
-            f"{c.source}: {c.too_long} rows are longer than {length} tokens{self._or_unseen()} and were left out (long: {s.spec.long}); they are listed in {s.over}"
+            f"{c.source}: {c.too_long} rows are longer than {length} tokens{self._or_unseen()} and were left out "
+            f"(long: {s.spec.long}); they are listed in {s.over}"
             for c, s in zip(self.counts, self.sources, strict=True) if c.too_long
         ]  # fmt: skip
         self.notes += [f"{c.source}: {c.cut} examples were cut to {length} tokens" for c in self.counts if c.cut]

@@ -109,7 +109,10 @@ def scored(folder: Path, specs: Sequence[Evaluation]) -> Results | None:
     if not (folder / RESULTS).exists():
         return None
     found = Results.read(folder)
-    wanted = [(spec.model_dump(mode="json"), sha256(Path(spec.path))) for spec in specs]
+    files = [Path(spec.path) for spec in specs]
+    wanted = [
+        (spec.model_dump(mode="json"), sha256(f) if f.is_file() else "") for spec, f in zip(specs, files, strict=True)
+    ]
     return found if [(r.settings, r.sha256) for r in found.results] == wanted else None
 
 

@@ -167,6 +167,8 @@ def _beside(talks: Sequence[Talk], line: str, console: Console) -> None:
 
 def _lines(source: TextIO, console: Console) -> Iterator[str]:
     """Lines as they are typed, or as they come through a pipe; ends with the input."""
+    if isinstance(source, TextIOWrapper):
+        source.reconfigure(encoding="utf-8", errors="surrogateescape")
     if source is sys.stdin and sys.stdin.isatty():
         import readline  # noqa: F401  (gives input() its history and editing)
 
@@ -176,8 +178,6 @@ def _lines(source: TextIO, console: Console) -> Iterator[str]:
             except (EOFError, KeyboardInterrupt):
                 console.print()
                 return
-    if isinstance(source, TextIOWrapper):
-        source.reconfigure(encoding="utf-8", errors="surrogateescape")
     for line in source:
         if not console.is_terminal and line.strip():
             console.print(Text(f"> {shown(line.strip())}"), soft_wrap=True)

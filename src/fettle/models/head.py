@@ -14,9 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 32 << 20  # of float32 logits alive at once
-ROUND = (
-    64  # rows are made up to a multiple of this, so that the matrix library meets few shapes: it keeps memory for each
-)
+ROUND = 64  # rows are made up to a multiple of it: the matrix library keeps memory for every number that it meets
 KEEP_BYTES = 64 << 20  # of slopes [N, V] kept for the backward pass of a head that trains; more are computed again
 
 
@@ -174,7 +172,7 @@ class _TrainedHead(torch.autograd.Function):
                 d_bias = _plus(d_bias, (d.t() @ g[at].to(d.dtype))[:, 0])
         d_hidden = None if d_hidden is None else (g * d_hidden).to(hidden.dtype)
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-        d_bias = None if d_bias is None else d_bias.to(weight.dtype)
+        d_bias = None if d_bias is None else d_bias.to(bias.dtype)
         return d_hidden, d_weight, d_bias, None, None
 
 

@@ -77,7 +77,7 @@ class Report:
         for what, size in self.memory.rows():
             rows.add_row(f"memory: {what}", _size(size))
         rows.add_row("memory: there is", _size(self.room))
-        said = [self.remarks]
+        said = [self.remarks] if self.notes else []
         said += [Text(f"refused: {problem}", style="bold red") for problem in self.problems]
         said += [] if self.problems else [Text("ready to run", style="bold green")]
         return Group(*([self.corpus.table()] if self.corpus else []), rows, *said)

@@ -121,7 +121,8 @@ class Recipe(Stage):
         for key, sources in (("data", self.data), ("validation.data", held)):
             for i, source in enumerate(sources):
                 try:
-                    files(source.path) if not source.is_hub else None
+                    if not source.is_hub:
+                        files(source.path)
                 except FettleError as error:
                     raise FettleError(f"{key}.{i}.path: {error}") from None
         for i, source in enumerate(held):
@@ -155,22 +156,19 @@ class Recipe(Stage):
     def _complete(self, target: Path, parent: Path | None, world: World) -> None:
         """Write what a run that has its artifact still lacks. FettleError where it was another run."""
         facts = read_json(target / MANIFEST)
-        now = self.made_of(parent)
-        recipe = {key: facts["recipe"].get(key) for key in now["recipe"]}
-        require_same(target, facts.get("made_of", now | {"recipe": recipe}), now)  # earlier manifests: the recipe alone
+        require_same(target, facts["made_of"], self.made_of(parent))
         if not world.first:
             return
-        folder, found = self.output / EVALUATION, {}
-        if self.evaluate and (results := scored(folder, self.evaluate)) is not None:
+        if (results := scored(self.output / EVALUATION, self.evaluate)) is not None:
             found = {"evaluation": results.summary()}
-        elif self.evaluate:
-            forest, _ = open_artifact(target, **self.model.model_dump(include=set(OF_A_RUN)))
-            found = {"evaluation": evaluate(forest, self.evaluate, folder).summary()}
+        else:
+            forest = open_artifact(target, **self.model.model_dump(include=set(OF_A_RUN)))[0] if self.evaluate else None
+            found = self._evaluated(forest, world)
         write_report(self.output, facts | found)
 
-    def _evaluated(self, forest: Forest, world: World) -> dict[str, Any]:
+    def _evaluated(self, forest: Forest | None, world: World) -> dict[str, Any]:
         """What the report says of the scores. Every process computes them, so that none waits; the first writes."""
-        if not self.evaluate:
+        if forest is None or not self.evaluate:
             return {}
         folder = self.output / EVALUATION if world.first else None
         return {"evaluation": evaluate(forest, self.evaluate, folder, progress=world.first).summary()}

@@ -197,3 +197,15 @@ def test_what_no_font_has_is_escaped(tmp_path: Path, monkeypatch) -> None:
 def test_picture_of_two(tmp_path: Path) -> None:
     draw({"base": made([0.0, 1.0] * 9), "tuned": made([1.0, 1.0, 0.0] * 6)}, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_rows_of_one_line_are_compared_each_with_itself() -> None:
+    """As of a list that is written in one line: a place is a line and a column."""
+
+    def results(scores: list[float]) -> Results:
+        places = ["a.json:1", "a.json:1:20", "a.json:1:40"]
+        rows = [Row(at, "", "", "accuracy", score, "", "") for at, score in zip(places, scores, strict=True)]
+        return Results({}, (Result.of_rows("a.json", "0", {}, rows, {}),))
+
+    (found,) = compare(results([0.0, 1.0, 0.0]), results([1.0, 1.0, 0.0]))
+    assert found.total.change.n == 3 and found.total.change.mean == pytest.approx(1 / 3)
