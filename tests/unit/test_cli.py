@@ -65,6 +65,8 @@ def test_what_an_evaluation_is_compared_with_is_looked_at_first(
     }
     result = {"name": "t.jsonl", "kind": "task", "sha256": "0" * 64, "settings": {}, "scores": {"score": scores}}
     result |= {"families": {}, "clusters": {}, "about": {}, "rows": [row]}
+    assert code_of(["eval", "m", "nothere.jsonl", "--against", "none.json"]) == 1
+    assert "nothere.jsonl: no such task file, text or folder" in capsys.readouterr().err
     for name, content, said in (
         ("none.json", None, "none.json: no such file"),
         ("odd.json", {"a": 1}, "not a results file"),

@@ -117,6 +117,9 @@ class Stage(Spec):
 
     output: Path = Field(description="the folder that receives the artifact")
 
+    def require_files(self) -> None:
+        """FettleError, by its key, where a file that the recipe names is not there; asked of all stages before the first one runs."""
+
     def run(self, parent: Path | None = None, *, resume: bool = False) -> Path:
         """Run to the end; returns the artifact's folder."""
         raise NotImplementedError(f"{type(self).__name__}.run")

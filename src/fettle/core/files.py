@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,8 +195,10 @@ def seal(folder: Path) -> None:
         sync(file)
     listed["files"] = {str(p.relative_to(folder)): sha256(p) for p in files}
     write_json(folder / MANIFEST, listed)
+    mode = (folder / MANIFEST).stat().st_mode
     for file in files:  # some libraries write for the owner alone, whatever the umask says
-        file.chmod((folder / MANIFEST).stat().st_mode)
+        if file.stat().st_mode != mode:
+            file.chmod(stat.S_IMODE(mode))
     for inner in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
         sync(inner)
 

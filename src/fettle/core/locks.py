@@ -38,6 +38,8 @@ def locked(path: Path, busy: Callable[[str], None]) -> Iterator[None]:
                 busy(f"process {handle.read().strip() or 'unknown'}")
                 told = True
                 continue
+            except OSError:
+                pass  # a file system without these locks
             if not _is(handle, path):
                 continue  # whoever held it has removed it since
             try:

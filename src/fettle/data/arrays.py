@@ -13,7 +13,7 @@ TOKEN = re.compile(rb'"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*(?:"|\\?\n|\\?\Z)|[{}\[\]]'
 GAP = re.compile(rb"[\s,]*")
 JUNK = re.compile(rb'(?:"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*"?|[^\s,{}\[\]"])+')
 TORN = "not valid JSON: in the object that begins here a quote or a brace is missing"
-BESIDE = re.compile(rb"\}[ \t]*,[ \t]*\{")  # objects side by side
+FIRST_KEY = re.compile(rb'\{\s*("[^"\\\n]*(?:\\[^\n][^"\\\n]*)*")\s*:')
 PAIR = {b"}": b"{", b"]": b"["}
 
 
@@ -41,6 +41,8 @@ class _Window:
         self.broken: str | None = None
         self.indent: bytes | None = b""  # what stands before `at` on its line, if that is only space
         self.column = 1  # of the character at `at`
+        self.begun = 0  # the line on which the last element began
+        self.several = False  # elements have begun on one line
         self.rows: bytes | None = None  # the indentation of the last element that began a line
         self.unsure = False  # an element ran to the end of the file, so braces alone do not tell where the next begins
 
@@ -85,18 +87,18 @@ class _Window:
 
 def elements(source: Iterator[bytes]) -> Iterator[Element]:
     """Every element of the array in `source`, whose first byte that is no space must be '['."""
-    line = 0
     for column, element in _elements(_Window(source)):
-        yield replace(element, column=column) if element.line == line else element
-        line = element.line
+        yield replace(element, column=column) if column else element
 
 
 def _elements(window: _Window) -> Iterator[tuple[int, Element]]:
-    """Each element with the column it begins in."""
+    """Each element with the column it begins in, 0 for the first of a line."""
     window.skip_gap()
     window.cut(1)
     while True:
-        first, column = window.skip_gap(), window.column
+        first, beside = window.skip_gap(), window.line == window.begun
+        column = window.column if beside else 0
+        window.begun, window.several = window.line, window.several or beside
         if not first:
             problem = window.broken or "the file ends inside the array; what follows is lost"
             yield column, Element(window.line, b"", problem, lost=True)
@@ -175,10 +177,16 @@ def _unclosed(text: bytes) -> bool:
     return (len(body) - len(body.rstrip(b"\\"))) % 2 == 1
 
 
+def _holds_others(data: bytes) -> bool:
+    """Whether behind an object another one begins with the first key of these bytes."""
+    key = FIRST_KEY.match(data)
+    return key is not None and re.search(rb"\}[ \t]*,[ \t]*\{\s*" + re.escape(key[1]) + rb"\s*:", data) is not None
+
+
 def _torn(window: _Window, line: int, opener: re.Pattern[bytes]) -> Element:
     """An element that never closes: it goes up to the next line that opens one at the same indentation, or to the array's end.
 
-    In the latter case it is the last one if elements begin lines; where several stand in one, others are lost with it.
+    Others are lost with it where several stand in a line, as those before it did or its own first key, again, shows.
     """
     size, head, alone = 0, b"", window.indent is not None
     while True:
@@ -197,7 +205,7 @@ def _torn(window: _Window, line: int, opener: re.Pattern[bytes]) -> Element:
             cut = len(rest) - 1 if len(rest) > 1 and rest.endswith(b"]") else window.size
             break
     data = window.cut(cut)
-    lost = not found and (not alone or BESIDE.search(data) is not None)
+    lost = window.several or not found and not alone or _holds_others(data)
     if size:
         return Element(line, head, f"a row of over {size} bytes that does not close; the most is {MAX_ROW}", lost=lost)
     problem = f"{TORN}; where the next row begins cannot be told" if lost else TORN

@@ -6,7 +6,7 @@ import csv
 import glob
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ class Row:
 def place(where: str) -> tuple[str, int, int]:
     """The file, line and column of a row's `where`; the column is 0 where it has none."""
     found = PLACE.fullmatch(where)
-    assert found, where
+    if found is None:
+        raise FettleError(f"'{where}' is no place of a row; expected file:line or file:line:column")
     return found[1], int(found[2]), int(found[3] or 0)
 
 
@@ -158,10 +159,11 @@ def _object(where: str, data: bytes) -> Row:
 
 
 def _jsonl(path: Path, advance: Advance | None) -> Iterator[Row]:
+    first = True
     for line in _safely(path, lines(pieces(path, advance))):
         if isinstance(line, Row):
             yield line
-        elif line.data == b"{" and line.number == 1:
+        elif first and line.data.strip() == b"{":
             raise FettleError(
                 f"{path}: one JSON object over many lines; rows are read from a list ([...]) or from one object a line, so take "
                 "the list out of it"
@@ -169,6 +171,7 @@ def _jsonl(path: Path, advance: Advance | None) -> Iterator[Row]:
         elif not line.whole:
             yield _too_long(f"{path}:{line.number}", line.data, line.size)
         elif line.data.strip():
+            first = False
             yield _object(f"{path}:{line.number}", line.data)
 
 
@@ -248,18 +251,23 @@ def _csv(path: Path, delimiter: str, advance: Advance | None) -> Iterator[Row]:
         except StopIteration:
             break
         except csv.Error as error:
-            last = reader.line_num
-            span = f" (lines {first} to {last} are read as one row)" if last > first else ""
-            torn = bool(span) and "unexpected end of data" in str(error)  # an open quote takes all that follows
-            yield Row(f"{path}:{first}", problem=f"not valid CSV: {error}{span}", lost=torn)
+            yield _spanning(Row(f"{path}:{first}", problem=f"not valid CSV: {error}"), first, reader.line_num)
             continue
         if header is None:
             header = _header(path, cells)
         elif cells:
-            yield _cells(f"{path}:{first}", header, cells)
+            row = _cells(f"{path}:{first}", header, cells)
+            yield _spanning(row, first, reader.line_num) if len(cells) != len(header) else row
         yield from problem
         problem.clear()
     yield from problem
+
+
+def _spanning(row: Row, first: int, last: int) -> Row:
+    """A row that is no row, over some lines: an open quote takes others with it, up to the next quote or to the end."""
+    if last <= first:
+        return row
+    return replace(row, problem=f"{row.problem} (lines {first} to {last} are read as one row)", lost=True)
 
 
 def _header(path: Path, cells: list[str]) -> list[str]:

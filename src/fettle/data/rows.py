@@ -29,6 +29,16 @@ def rows_of(spec: DataSpec, advance: Advance | None = None) -> Iterator[Row]:
         yield row
 
 
+def require_sources(key: str, sources: Sequence[DataSpec]) -> None:
+    """FettleError, by its key, where a source's files are not there."""
+    for i, source in enumerate(sources):
+        try:
+            if not source.is_hub:
+                files(source.path)
+        except FettleError as error:
+            raise FettleError(f"{key}.{i}.path: {error}") from None
+
+
 def shared(source: DataSpec, others: Sequence[DataSpec]) -> str | None:
     """What a source has in common with others: a split of a hub data set, or a file of the same content under any name."""
     if source.is_hub:

@@ -10,6 +10,7 @@ from fettle.evaluate.results import compare as compare
 from fettle.evaluate.run import evaluate as evaluate
 from fettle.evaluate.run import find as find
 from fettle.evaluate.run import problems as problems
+from fettle.evaluate.run import require_evaluations as require_evaluations
 from fettle.evaluate.run import scored as scored
 from fettle.evaluate.tasks import Evaluation as Evaluation
 from fettle.evaluate.tasks import TaskFile as TaskFile

@@ -17,7 +17,6 @@ from fettle.evaluate.tasks import Evaluation, Item
 
 RESULTS = "results.json"
 PICTURE = "results.png"
-SETTLED = ("template_hash", "context", "stride")  # settings that the model or its tokenizer decides where none is given
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def require_shared(a: Results, specs: Sequence[Evaluation]) -> None:
     shared = [r for r in a.results if r.rows and r.name in names]
     if not shared:
         raise FettleError(
-            f"nothing to compare: the earlier results have {', '.join(r.name for r in a.results)}, asked for are {', '.join(names)}"
+            f"nothing to compare: the earlier results have {', '.join(r.name for r in a.results) or 'none'}, asked for are {', '.join(names)}"
         )
     for result in shared:
         _require_same(result.name, result.sha256, sha256(names[result.name]))
@@ -228,7 +227,7 @@ def _notes(x: Result, y: Result, shared: int) -> tuple[str, ...]:
         if not shared == len(x.rows) == len(y.rows)
         else []
     )
-    left, right = ({**r.settings, **{key: r.about.get(key) for key in SETTLED}} for r in (x, y))
+    left, right = ({**r.settings, "template_hash": r.about.get("template_hash")} for r in (x, y))
     differ = sorted(k for k in left.keys() | right.keys() if k != "path" and left.get(k) != right.get(k))
     return (*notes, *(f"{key} differs: {left.get(key)} and {right.get(key)}" for key in differ))
 

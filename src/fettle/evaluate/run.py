@@ -38,7 +38,7 @@ def evaluate(
     `model` is what the results say of the model beside its spec (an artifact's name and hash). FettleError, before the model
     computes anything, names what of the files cannot be used.
     """
-    if wrong := problems(forest, specs):
+    if len(specs) > 1 and (wrong := problems(forest, specs)):  # one alone is looked at when it is made
         raise FettleError("\n".join(sentence for _, sentence in wrong))
     about = {
         "path": forest.spec.path,
@@ -79,6 +79,13 @@ def _one(forest: Forest, spec: Evaluation, advance: Callable[..., None]) -> Resu
         case Preferences():
             return score_preferences(forest, spec, advance)
     raise FettleError(f"{spec.path}: no way to run an evaluation of kind {type(spec).__name__}")
+
+
+def require_evaluations(specs: Sequence[Evaluation]) -> None:
+    """FettleError, by its key in a recipe, where a file of `evaluate` is not there."""
+    for i, spec in enumerate(specs):
+        if not Path(spec.path).exists():
+            raise FettleError(f"evaluate.{i}.path: {spec.path}: no such file")
 
 
 def problems(forest: Forest, specs: Sequence[Evaluation]) -> list[tuple[int, str]]:
@@ -221,6 +228,8 @@ def find(paths: Sequence[str], *, seed: int = 0, shots: int = 0, limit: int | No
     found: list[Evaluation] = []
     for name in paths:
         path = Path(name)
+        if not path.exists():
+            raise FettleError(f"{path}: no such task file, text or folder")
         files = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".txt")) if path.is_dir() else [path]
         if not files:
             raise FettleError(f"{path}: no task files (*.jsonl) or texts (*.txt) in this folder")

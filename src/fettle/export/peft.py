@@ -5,9 +5,9 @@ What a method is called there, and what its tensors are called, stands in one pl
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,14 +159,13 @@ def _reloaded(forest: Forest, rest: Sequence[Edit], folder: Path) -> tuple[nn.Mo
     for edit in rest:
         if not edit.tensors(forest.model):
             edit.apply(fresh.model)
-    ours = any(is_quantized(m) for m in fresh.model.modules())  # in a form that peft does not know
-    if ours or importlib.util.find_spec("peft") is None:
-        load_peft(fresh, folder)
-        return fresh.model, "fettle"
-    with silently():
+    with silently(), suppress(ImportError):
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(fresh.model, folder), "peft"
+        if not any(is_quantized(m) for m in fresh.model.modules()):  # in a form that peft does not know
+            return PeftModel.from_pretrained(fresh.model, folder), "peft"
+    load_peft(fresh, folder)
+    return fresh.model, "fettle"
 
 
 def _text_logits(model: nn.Module, rows: tuple[tuple[int, ...], ...], front: int) -> Tensor:

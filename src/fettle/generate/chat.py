@@ -84,6 +84,7 @@ def chat(
     `source` is where lines come from: the keyboard, or whatever is piped in. FettleError, at the end, where a message that was
     piped in has no answer.
     """
+    require_text(system, "the instructions")
     console = console or Console(highlight=False)
     names = names or [str(m.spec.path) for m in models]
     talks = [Talk(m, name, sampling or Sampling(max_tokens=512)) for m, name in zip(models, names, strict=True)]
@@ -92,19 +93,25 @@ def chat(
         console.print(Text(f"{' | '.join(names)}: {HELP}", style="dim"))
     source, unanswered = source or sys.stdin, 0
     for line in _lines(source, console):
+        try:
+            require_text(line, "the line")
+        except FettleError as error:
+            console.print(Text(str(error), style="red"), soft_wrap=True)
+            unanswered += 1
+            continue
         command, _, rest = line.partition(" ")
         match command:
             case "":
                 continue
             case "/quit" | "/exit":
-                return
+                break
             case "/reset":
                 _restart(talks, system)
                 console.print(Text("forgotten", style="dim"))
             case "/system":
                 system = rest.strip()
                 _restart(talks, system)
-                console.print(Text(f"instructions: {system or 'none'}", style="dim"))
+                console.print(Text(f"instructions: {shown(system) or 'none'}", style="dim"))
             case _ if command.startswith("/"):
                 console.print(Text(HELP, style="dim"))
             case _:
@@ -115,6 +122,12 @@ def chat(
         )
 
 
+def require_text(text: str, what: str) -> None:
+    """FettleError where bytes that are no UTF-8 came with a text."""
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise FettleError(f"{what} is no UTF-8 text" if what != "the instructions" else f"{what} are no UTF-8 text")
+
+
 def _restart(talks: Sequence[Talk], system: str) -> None:
     for talk in talks:
         talk.messages = [{"role": "system", "content": system}] if system else []
@@ -123,8 +136,6 @@ def _restart(talks: Sequence[Talk], system: str) -> None:
 def _exchange(talks: Sequence[Talk], line: str, console: Console) -> bool:
     """One message and what is said to it; whether there is an answer."""
     try:
-        if not line.isprintable() and any("\ud800" <= c <= "\udfff" for c in line):
-            raise FettleError("the message is no UTF-8 text")
         if len(talks) == 1:
             _one(talks[0], line, console)
         elif console.is_terminal:

@@ -35,11 +35,12 @@ def demo(data: str | None = None, short: bool = False, console: Console | None =
     lab, output = Path("runs/lab"), Path("runs/demo")
     changes = ["evaluate=[]", f"output={output}", *(["optim.steps=30"] if short else [])]
     recipe = load_recipe(
-        recipe_file("quickstart.yaml"), [*changes, *([f"data=[{{path: {json.dumps(data)}}}]"] if data else [])]
+        recipe_file("quickstart.yaml"),
+        [*changes, *([f"data=[{{path: {json.dumps(data, ensure_ascii=False)}}}]"] if data else [])],
     )
     if data:
-        recipe.stages[0].require_data()
-    with alone_in(output):
+        recipe.stages[0].require_files()
+    with alone_in(output):  # refused where another demo tunes; `run` holds the folder again
         shutil.rmtree(output, ignore_errors=True)
     console.rule("the lab: a small world, its instructions and its tasks")
     written = write_lab(lab, documents=0, instructions=12_000, each=EACH)

@@ -40,9 +40,9 @@ class Bucket:
     """N tiles of one padded shape (N, L, S), for each of H query heads and K key heads.
 
     `queries` int64 [N*H*L] and `keys` int64 [N*K*S] are rows of tables [T*H, D] and [T*K, D]; a tile that is smaller
-    repeats its first query and key, so that nothing of another document comes near it; tiles that make up the number repeat
-    those of the first one, and nobody reads them. `spare` lists those of `queries` that only fill up. `bias` [N or 1, 1, L, B] is of the last B columns: -inf where a key is not seen, else 0; all rows see
-    all columns before.
+    repeats its first query and key, so that nothing of another document comes near it; tiles that only make up the number
+    are of the first tile's, and nobody reads them. `spare` lists those of `queries` that only fill up. `bias` [N or 1, 1, L, B]
+    is of the last B columns: -inf where a key is not seen, else 0; all rows see all columns before.
     """
 
     shape: tuple[int, int, int]
@@ -133,7 +133,7 @@ class Plan:
             shapes.setdefault((_fitted(tile.rows), _fitted(len(tile.keys))), []).append(tile)
         groups: list[tuple[np.ndarray, np.ndarray, Tensor]] = []
         for (rows, columns), tiles in sorted(shapes.items()):
-            most = max(1, SCORES // (rows * columns))
+            most = _counted(max(1, SCORES // (rows * columns)), up=False)
             for group in (tiles[i : i + most] for i in range(0, len(tiles), most)):
                 count = _counted(len(group))
                 queries = _filled([np.arange(t.start, t.start + t.rows) for t in group], rows, count)
@@ -182,13 +182,13 @@ def _fitted(n: int) -> int:
     return -(-n // 32) * 32
 
 
-def _counted(n: int) -> int:
-    """A number of tiles rounded up to one of few, two from each power of two to the next.
+def _counted(n: int, up: bool = True) -> int:
+    """A number of tiles rounded up, or down, to one of few, two from each power of two to the next.
 
     The matrix library keeps half a megabyte for every shape that it has met in 16 bits, and a thousand of them.
     """
-    step = 1 << max(0, (n - 1).bit_length() - 2)
-    return -(-n // step) * step
+    step = 1 << max(0, (n - 1 if up else n).bit_length() - 2)
+    return (-(-n // step) if up else n // step) * step
 
 
 def _filled(rows: list[np.ndarray], width: int, count: int) -> np.ndarray:

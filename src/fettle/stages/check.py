@@ -29,6 +29,7 @@ from fettle.models.select import partly_matched
 from fettle.models.weight import count_weights
 from fettle.stages.sense import senseless_on, too_short
 from fettle.train import Job, fit
+from fettle.train.parallel import World
 
 if TYPE_CHECKING:
     from fettle.stages.pipeline import Pipeline
@@ -157,8 +158,8 @@ def memory_of(forest: Forest, job: Job, corpus: Corpus) -> MemoryPlan:
 
 def gate(report: Report) -> None:
     """Tell what there is to know before a run. FettleError with every problem, where there is one."""
-    if report.notes:
-        Console(stderr=True).print(report.remarks)
+    if report.notes and World.rank_here() == 0:
+        Console(stderr=True).print(report.remarks, soft_wrap=True)
     if report.problems:
         raise FettleError("\n".join(report.problems))
 
@@ -212,6 +213,11 @@ def check(
             console.rule(f"stage {number} of {len(pipeline.stages)}: {stage.output}")
         before = pipeline.stages[: number - 1]
         try:
+            stage.require_files()
+        except FettleError as error:
+            failed.append(_where(pipeline, number, str(error)))
+            continue
+        try:
             if isinstance(stage, Looks):
                 reports.append(_placed(pipeline, number, stage.look(before, examples, console, time_steps), console))
                 continue
@@ -240,9 +246,8 @@ def _check_one(
     pipeline: Pipeline, number: int, forest: Forest, examples: int, console: Console, time_steps: bool
 ) -> Report:
     recipe: Recipe = pipeline.stages[number - 1]
-    recipe.require_data()
     corpus = recipe.corpus(forest)
-    coloured = console.color_system is not None
+    coloured = console.color_system is not None and not console.no_color
     if examples:
         console.print(legend(coloured))
     for example in corpus.examples(examples):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -79,14 +79,23 @@ def run(recipe: Stage | Pipeline, resume: bool = False) -> Path:
     pipeline = recipe if isinstance(recipe, Pipeline) else Pipeline(stages=(recipe,))
     parent: Path | None = None
     for number, stage in enumerate(pipeline.stages):
-        try:
-            with alone_in(stage.output) if World.rank_here() == 0 else nullcontext():
-                parent = stage.run(parent, resume=resume)
-        except FettleError as error:
-            error.args = (pipeline.placed(number, str(error)),)
-            raise
+        with _placing(pipeline, number):
+            stage.require_files()
+    for number, stage in enumerate(pipeline.stages):
+        with _placing(pipeline, number), alone_in(stage.output) if World.rank_here() == 0 else nullcontext():
+            parent = stage.run(parent, resume=resume)
     assert parent is not None
     return parent
+
+
+@contextmanager
+def _placing(pipeline: Pipeline, number: int) -> Iterator[None]:
+    """Within it a FettleError about stage `number` gets the lines of the keys that it is about."""
+    try:
+        yield
+    except FettleError as error:
+        error.args = (pipeline.placed(number, str(error)),)
+        raise
 
 
 def schema() -> dict[str, Any]:

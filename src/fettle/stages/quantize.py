@@ -26,7 +26,9 @@ from fettle.core.files import MANIFEST, read_json, sha256, sweep, write_json
 from fettle.core.spec import Spec, refuse
 from fettle.data import DataSpec, content_hash, prepare
 from fettle.data.forms import form_of
-from fettle.evaluate import EvalSpec, evaluate, scored
+from fettle.data.rows import require_sources
+from fettle.evaluate import EvalSpec, evaluate, require_evaluations, scored
+from fettle.evaluate import problems as evaluation_problems
 from fettle.models.blockwise import Blockwise
 from fettle.models.forest import Forest
 from fettle.models.memory import MemoryPlan, available, measure_peak, reset_peak, resident, weight_bytes
@@ -86,14 +88,21 @@ class Quantize(Stage):
             if edit.role == "rescales" and any(e.role == "quantizes" for e in self.edits[:i]):
                 yield ("edits", i), f"{edit.kind} scales weights that are packed by then; put it before the quantizer"
 
+    def require_files(self) -> None:
+        """FettleError, by its key, where the text of the calibration or what is evaluated on is not there."""
+        require_sources("calibration.data", self.calibration.data if self.calibration else ())
+        require_evaluations(self.evaluate)
+
     def run(self, parent: Path | None = None, *, resume: bool = False) -> Path:
         """Quantize and write the artifact; returns its folder."""
         target, kept, made = self.output / ARTIFACT, self.output / KEPT, self.made_of(parent)
         sweep(self.output)
         if resume and is_artifact(target):
             require_same(target, read_json(target / MANIFEST)["made_of"], made)
-            if not (self.output / FINDINGS).exists():
-                self._reported(target, open_artifact(target, **self.model.model_dump(include=set(OF_A_RUN)))[0])
+            if not (self.output / FINDINGS).exists() or not self._is_scored():
+                scores = self._scored(self.open(parent)[0], BEFORE) if self.evaluate else []
+                forest, _ = open_artifact(target, **self.model.model_dump(include=set(OF_A_RUN)))
+                self._reported(target, forest, evaluation_before=scores)
             return target
         self._begin(target, kept, made, resume)
         forest, before = self.open(parent)
@@ -148,8 +157,12 @@ class Quantize(Stage):
         found = scored(self.output / name, self.evaluate) or evaluate(forest, self.evaluate, self.output / name)
         return found.summary()
 
-    def _reported(self, target: Path, forest: Forest) -> None:
-        facts = read_json(target / MANIFEST)
+    def _is_scored(self) -> bool:
+        names = (BEFORE, AFTER) if self.evaluate else ()
+        return all(scored(self.output / name, self.evaluate) is not None for name in names)
+
+    def _reported(self, target: Path, forest: Forest, **changed: Any) -> None:
+        facts = read_json(target / MANIFEST) | changed
         size = (target / TENSORS).stat().st_size
         write_findings(self.output, facts | {"evaluation": self._scored(forest, AFTER), "file_bytes": size})
 
@@ -216,4 +229,5 @@ class Quantize(Stage):
         return Report(
             name=str(self.output), parameters=count_weights(forest.model), trained=0, steps=0, memory=plan,
             room=available(forest.device) + on_host,
+            problems=[f"evaluate.{i}: {what}" for i, what in evaluation_problems(forest, self.evaluate)],
         )  # fmt: skip

@@ -47,7 +47,6 @@ def preflight(recipe: Reinforce, prompts: Prompts, job: Job) -> Report:
 
 def look(stage: Reinforce, before: Sequence[Any], examples: int, console: Console, time_steps: bool) -> Report:
     """What `fettle check` shows of the stage. Where a parent or a reward model is not there yet, no answer is rewarded."""
-    stage.require_data()
     people, lacking = _people(stage, before)
     prompts = stage.prompts(people.policy)
     job = stage.rolling(people, prompts)

@@ -80,7 +80,6 @@ class Reinforce(Recipe):
         target, world, parent = self.output / ARTIFACT, World.join(None), self._parent(parent)
         if self._is_done(target, parent, world, resume):
             return target
-        self.require_data()
         reset_peak()
         spent = Spent(self.output if resume else None)
         people = self.cast(parent)

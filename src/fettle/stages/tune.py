@@ -24,10 +24,9 @@ from fettle.core.files import MANIFEST, read_json, sha256, sweep
 from fettle.core.spec import Spec, refuse
 from fettle.data import DataSpec, content_hash, prepare
 from fettle.data.forms import form_of
-from fettle.data.read import files
-from fettle.data.rows import shared
+from fettle.data.rows import require_sources, shared
 from fettle.data.source import Corpus
-from fettle.evaluate import EvalSpec, evaluate, scored
+from fettle.evaluate import EvalSpec, evaluate, require_evaluations, scored
 from fettle.models.forest import Forest
 from fettle.models.memory import reset_peak
 from fettle.models.spec import ModelSpec
@@ -92,7 +91,6 @@ class Recipe(Stage):
         target, world = self.output / ARTIFACT, World.join(self.optim.accumulate)
         if self._is_done(target, parent, world, resume):
             return target
-        self.require_data()
         reset_peak()
         spent = Spent(self.output if resume else None)
         forest, edits = self.open(parent)
@@ -115,16 +113,12 @@ class Recipe(Stage):
         self._leave(target, forest, edits, facts, world)
         return target
 
-    def require_data(self) -> None:
-        """FettleError, by its key, where a source of data is not there, or held-out rows are trained on."""
+    def require_files(self) -> None:
+        """FettleError, by its key, where data or what is evaluated on is not there, or held-out rows are trained on."""
         held = self.validation.data if self.validation else ()
-        for key, sources in (("data", self.data), ("validation.data", held)):
-            for i, source in enumerate(sources):
-                try:
-                    if not source.is_hub:
-                        files(source.path)
-                except FettleError as error:
-                    raise FettleError(f"{key}.{i}.path: {error}") from None
+        require_sources("data", self.data)
+        require_sources("validation.data", held)
+        require_evaluations(self.evaluate)
         for i, source in enumerate(held):
             if (same := shared(source, self.data)) is not None:
                 raise FettleError(

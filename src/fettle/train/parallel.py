@@ -44,7 +44,7 @@ class World:
     @staticmethod
     def rank_here() -> int:
         """This process's number as torchrun says it, whether or not it has joined; 0 where there is one process."""
-        return int(os.environ.get("RANK", "0"))
+        return 0 if int(os.environ.get("WORLD_SIZE", "1")) == 1 else int(os.environ["RANK"])
 
     @property
     def first(self) -> bool:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def test_of_many_that_wait_one_is_in_at_a_time(tmp_path: Path) -> None:
             with locked(tmp_path / "lock", told.append):
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
+                time.sleep(0.001)
                 inside[0] -= 1
 
     threads = [threading.Thread(target=work) for _ in range(8)]

@@ -186,7 +186,14 @@ WHOLE = json.dumps([{"text": "a"}, {"text": "b"}, {"text": "c"}])
         ("a.json", WHOLE[:-1].encode(), [False, False, False, True]),
         ("a.json", WHOLE[:-5].encode(), [False, False, True, True]),
         ("a.json", ("[\n" + WHOLE[1:].replace('"a"', '"a')).encode(), [True]),
+        # several in a line and several lines: what follows on the torn one's line is gone, though the next line is found
+        ("a.json", b'[{"a": 1}, {"a": "x}, {"a": 3},\n{"a": 4}, {"a": 5}]', [False, True, False, False]),
+        ("a.json", b'[{"a": "x}, {"a": 2}, {"a": 3},\n{"a": 4}, {"a": 5}]', [True, False, False]),
+        # the last of one row a line, with objects inside of it: that one alone
+        ("a.json", b'[\n{"m": [{"r": 1}, {"r": 2}]},\n{"m": [{"r": 1}, {"r": "x}]}\n]', [False, False]),
         ("a.csv", b'text,n\na,1\n"b,2\nc,3\n', [False, True]),
+        ("a.csv", b'text,n\na,1\n"b,2\nc,3\nd,4\n"x",5\ne,6\n', [False, True, False]),  # up to the next quote
+        ("a.csv", b'text,n\na,1\n"b,2\nc,3"\ne,6\n', [False, True, False]),  # which makes one cell of them
         ("a.csv", b'text,n\na,1\nc,3\n"b,2', [False, False, False]),  # the last line alone
         ("a.jsonl", b'{"text": "a"}\n{"text": "b', [False, False]),
     ],

@@ -85,8 +85,14 @@ def test_a_message_over_the_context_is_refused_and_forgotten(forest: Forest) -> 
 
 def test_bytes_that_are_no_text_are_refused_and_the_rest_is_answered(forest: Forest) -> None:
     out = talk([forest], "你 ".encode() + b"\xff\nHello\n\xfe\n", refused="^2 of the messages have no answer")
-    assert out.count("the message is no UTF-8 text") == 2 and "> 你" in out
+    assert out.count("the line is no UTF-8 text") == 2 and "> 你" in out
     assert len(out.split("> Hello\n")[1].splitlines()[0].strip()) > 0
+
+
+def test_instructions_that_are_no_text_are_refused(forest: Forest) -> None:
+    out = talk([forest], b"/system \xff\nHello\n/quit\n", refused="^1 of the messages has no answer")
+    assert "the line is no UTF-8 text" in out and "> Hello" in out
+    talk([forest], "Hello\n", system="a\udcff", refused="^the instructions are no UTF-8 text")
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:

@@ -225,4 +225,6 @@ def test_dropout_of_attention_is_not_left_out() -> None:
 def test_numbers_of_tiles_are_few() -> None:
     """The matrix library keeps memory for each that it meets."""
     numbers = [plans._counted(n) for n in range(1, 257)]
+    lower = [plans._counted(n, up=False) for n in range(1, 257)]
+    assert all(n >= down > 2 / 3 * n - 1 and plans._counted(down) == down for n, down in enumerate(lower, 1))
     assert all(n <= up <= 1.5 * n for n, up in enumerate(numbers, 1)) and len(set(numbers)) == 16

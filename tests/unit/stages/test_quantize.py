@@ -202,3 +202,22 @@ def test_the_verb_needs_no_kind(recipe: Any) -> None:
     assert load_recipe(file, kind="quantize").stages[0].kind == "quantize"
     with pytest.raises(FettleError):
         load_recipe(file)
+
+
+def test_evaluations_are_looked_at_first_and_made_anew_where_they_change(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = tmp_path / "held.txt"
+    file = recipe("{kind: nf4}", f"evaluate: [{{kind: perplexity, path: {held}, context: 64}}]")
+    with pytest.raises(FettleError, match=r"evaluate\.0\.path: none\.txt: no such file"):
+        run(load_recipe(file, ["evaluate.0.path=none.txt"]))
+    (report,) = check(load_recipe(file, ["evaluate.0.context=4096"]), console=Console(quiet=True))
+    assert "perplexity with context 4096, but the model sees" in report.problems[0]
+    run(load_recipe(file))
+    first = json.loads((tmp_path / "run" / "findings.json").read_text())["row"]
+    monkeypatch.setattr("fettle.stages.quantize.Quantize._edit", lambda *_: pytest.fail("it quantizes again"))
+    run(load_recipe(file), resume=True)
+    assert json.loads((tmp_path / "run" / "findings.json").read_text())["row"] == first
+    run(load_recipe(file, ["evaluate.0.context=32"]), resume=True)
+    second = json.loads((tmp_path / "run" / "findings.json").read_text())["row"]
+    assert all(second[key][0]["mean"] != first[key][0]["mean"] for key in ("evaluation_before", "evaluation"))

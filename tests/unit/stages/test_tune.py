@@ -40,12 +40,12 @@ def recipe(tmp_path: Path, tiny_llama: Path) -> Path:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("evaluate=[{path: none.jsonl}]", r"evaluate\.0: none\.jsonl: no such task file"),
+        ("evaluate=[{path: none.jsonl}]", r"evaluate\.0\.path: none\.jsonl: no such file"),
         ("evaluate=[{path: FOLDER/tasks.jsonl, shots: 9}]", r"evaluate\.0: .*tasks\.jsonl:1: shots is 9 but"),
         ("evaluate=[{path: FOLDER/long.jsonl}]", r"evaluate\.0: .*long\.jsonl:1: the prompt has \d+ tokens"),
         ("evaluate=[{path: FOLDER/data.jsonl, kind: preference}]", r"evaluate\.0: .*data\.jsonl:1: "),
         ("evaluate=[{path: FOLDER/data.jsonl, kind: classify}]", r"evaluate\.0: .*need a model with task: classify"),
-        ("evaluate=[{path: none.txt, kind: perplexity}]", r"evaluate\.0: none\.txt: no such text file"),
+        ("evaluate=[{path: none.txt, kind: perplexity}]", r"evaluate\.0\.path: none\.txt: no such file"),
         ("data=[{path: none.jsonl}]", r"data\.0\.path: none\.jsonl: no such file or folder"),
         ("validation={data: [{path: none.jsonl}]}", r"validation\.data\.0\.path: none\.jsonl: no such file"),
     ],
@@ -139,6 +139,31 @@ def _stopping(save, at: int):
 def test_another_process_in_the_output_is_noticed(recipe: Path, resume: bool) -> None:
     with alone_in(recipe.parent / "run"), pytest.raises(FettleError, match=r"run: process \d+ writes here now"):
         run(load_recipe(recipe), resume=resume)
+
+
+def test_files_of_all_stages_are_asked_for_before_the_first_one_runs(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = recipe.parent
+    one = "\n".join("    " + line for line in recipe.read_text().strip().splitlines())
+    stages = (
+        one.replace("    model", "  - model", 1)
+        + "\n"
+        + one.replace("    model", "  - model", 1).replace("/run", "/two")
+    )
+    recipe.write_text(f"stages:\n{stages}\n")
+    monkeypatch.setattr(loop, "run_step", lambda *_: pytest.fail("a step was taken"))
+    for change, said in (
+        (
+            f"stages.1.validation={{data: [{{path: {folder}/data.jsonl}}]}}",
+            r"validation\.data\.0\.path: .* is also trained on",
+        ),
+        ("stages.1.evaluate.0.path=none.jsonl", r"evaluate\.0\.path: none\.jsonl: no such file"),
+        ("stages.1.data.0.path=none.jsonl", r"data\.0\.path: none\.jsonl: no such file"),
+    ):
+        with pytest.raises(FettleError, match=said):
+            run(load_recipe(recipe, [change]))
+        assert not (folder / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "copy.jsonl", "link.jsonl", ".", "d*.jsonl", "sub/../data.jsonl"])
