@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fettle.core.batch import Batch, Segment
 from fettle.core.errors import FettleError
+from fettle.models.allocator import release
 from fettle.models.forest import Forest
 from fettle.models.rehearsal import GRADIENT, LOGITS, OTHER, Rehearsal, fake_model, rehearsing
 
@@ -161,7 +162,11 @@ class _Saved:
 
 
 def runtime_bytes(model: nn.Module) -> int:
-    """What this process holds apart from a model's weights: the interpreter and its libraries."""
+    """What this process holds apart from a model's weights: the interpreter and its libraries.
+
+    Free pages, as of a model that was looked at before, are given back first: the run will have them again.
+    """
+    release()
     on_host = weight_bytes(model, "cpu")
     return max(0, resident() - on_host)
 
