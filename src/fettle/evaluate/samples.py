@@ -10,7 +10,7 @@ from fettle.data.formats import Sample, to_sample
 from fettle.data.parse import BadRow
 from fettle.data.read import read
 from fettle.data.template import Encoded
-from fettle.evaluate.tasks import SHOWN, Evaluation, sampled
+from fettle.evaluate.tasks import Evaluation, raise_problems, sampled
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,7 @@ def read_samples(
             problems.append(f"{where}: {found}")
         else:
             asked.append(Asked(where, sample, found))
-    if len(problems) > SHOWN:
-        problems = [*problems[:SHOWN], f"{spec.path}: and {len(problems) - SHOWN} rows more that cannot be used"]
-    if problems:
-        raise FettleError("\n".join(problems))
+    raise_problems(spec.path, problems, "rows more that cannot be used")
     if not asked:
         raise FettleError(f"{spec.path}: no rows")
     return asked

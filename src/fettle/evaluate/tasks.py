@@ -122,13 +122,17 @@ def read_tasks(path: Path) -> list[Item]:
             problems.append(f"{path}:{line}: not valid JSON ({error})")
         except ValueError as error:
             problems.append(f"{path}:{line}: {error}")
-    if len(problems) > SHOWN:
-        problems = [*problems[:SHOWN], f"{path}: and {len(problems) - SHOWN} malformed rows more"]
-    if problems:
-        raise FettleError("\n".join(problems))
+    raise_problems(path, problems, "malformed rows more")
     if not items:
         raise FettleError(f"{path}: no rows; a task file has one JSON object a line")
     return items
+
+
+def raise_problems(path: Path | str, problems: Sequence[str], rest: str) -> None:
+    """FettleError with the first problems of a file's rows and how many more there are, `rest` calling them; nothing without any."""
+    more = [f"{path}: and {len(problems) - SHOWN} {rest}"] if len(problems) > SHOWN else []
+    if problems:
+        raise FettleError("\n".join([*problems[:SHOWN], *more]))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

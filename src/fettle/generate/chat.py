@@ -84,7 +84,7 @@ def chat(
     `source` is where lines come from: the keyboard, or whatever is piped in. FettleError, at the end, where a message that was
     piped in has no answer.
     """
-    require_text(system, "the instructions")
+    require_text(system, "the instructions are")
     console = console or Console(highlight=False)
     names = names or [str(m.spec.path) for m in models]
     talks = [Talk(m, name, sampling or Sampling(max_tokens=512)) for m, name in zip(models, names, strict=True)]
@@ -94,7 +94,7 @@ def chat(
     source, unanswered = source or sys.stdin, 0
     for line in _lines(source, console):
         try:
-            require_text(line, "the line")
+            require_text(line, "the line is")
         except FettleError as error:
             console.print(Text(str(error), style="red"), soft_wrap=True)
             unanswered += 1
@@ -125,7 +125,7 @@ def chat(
 def require_text(text: str, what: str) -> None:
     """FettleError where bytes that are no UTF-8 came with a text."""
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise FettleError(f"{what} is no UTF-8 text" if what != "the instructions" else f"{what} are no UTF-8 text")
+        raise FettleError(f"{what} no UTF-8 text")
 
 
 def _restart(talks: Sequence[Talk], system: str) -> None:
