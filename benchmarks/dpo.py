@@ -23,7 +23,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import dpo_arms, dpo_report, sides
 from benchmarks.command import DATA, arguments, workplace
-from benchmarks.common import Children, emit, fail, fastest, leave, matmul_peak, say, serve, take_turns, versions
+from benchmarks.common import (
+    Children,
+    emit,
+    fail,
+    fastest,
+    leave,
+    matmul_peak,
+    play_off,
+    say,
+    serve,
+    take_turns,
+    versions,
+)
 from benchmarks.dpo_arms import Setting
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
@@ -38,7 +50,7 @@ def calibrate(children: Children, job: dict[str, Any], search: tuple[int, int]) 
     settings = [Setting(pairs, "bf16") for pairs in (1, 2, None)]
     found = children("calibrate", **job, settings=[asdict(s) for s in settings])
     found += children("calibrate", **job, settings=[asdict(Setting(Setting(**fastest(found)).pairs, "fp32"))])
-    return Setting(**fastest(found)), found
+    return Setting(**play_off(children, job, found)), found
 
 
 def same_pairs(folder: Path, newline: int) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import grpo_arms, grpo_report, sides
 from benchmarks.command import arguments, workplace
-from benchmarks.common import Children, emit, fail, fastest, leave, say, serve, take_turns, versions
+from benchmarks.common import Children, emit, fail, fastest, leave, play_off, say, serve, take_turns, versions
 from benchmarks.grpo_arms import Setting
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
@@ -41,7 +41,7 @@ def calibrate(children: Children, job: dict[str, Any], search: tuple[int, int]) 
     settings = [Setting(None, "bf16"), Setting(GROUP, "bf16")]
     found = children("calibrate", **job, settings=[asdict(s) for s in settings])
     found += children("calibrate", **job, settings=[asdict(Setting(Setting(**fastest(found)).answers, "fp32"))])
-    return Setting(**fastest(found)), found
+    return Setting(**play_off(children, job, found)), found
 
 
 def check_run(name: str, run: dict[str, Any], job: dict[str, Any]) -> None:

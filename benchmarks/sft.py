@@ -24,7 +24,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import sft_arms, sft_report, sides
 from benchmarks.command import arguments, workplace
-from benchmarks.common import Children, emit, fail, fastest, leave, matmul_peak, say, serve, take_turns, versions
+from benchmarks.common import (
+    Children,
+    emit,
+    fail,
+    fastest,
+    leave,
+    matmul_peak,
+    play_off,
+    say,
+    serve,
+    take_turns,
+    versions,
+)
 from benchmarks.sft_arms import Setting
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "liger-kernel", "flash-attn")
@@ -50,16 +62,15 @@ def calibrate(children: Children, job: dict[str, Any], search: tuple[int, int]) 
     job = job | {"warmup": search[0], "timed": search[1]}
     first, second = candidates(job["mode"], job["device"] == "cuda")
     found = children("calibrate", **job, settings=[asdict(s) for s in first])
-    best = _best(found)
+    best = Setting(**fastest(_same_training(found)))
     second = [Setting(s.layout if s.layout == "padded" or best.layout == "padded" else best.layout, s.precision,
                       best.attention, best.liger) for s in second]  # fmt: skip
     found += children("calibrate", **job, settings=[asdict(s) for s in second])
-    return _best(found), found
+    return Setting(**play_off(children, job, _same_training(found))), found
 
 
-def _best(found: list[dict[str, Any]]) -> Setting:
-    """The fastest of those that are the same training."""
-    return Setting(**fastest([row for row in found if Setting(**row["setting"]).same_training]))
+def _same_training(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in found if Setting(**row["setting"]).same_training]
 
 
 def same_examples(folder: Path) -> list[dict[str, Any]]:
