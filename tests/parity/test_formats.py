@@ -25,6 +25,8 @@ from fettle.export.parity import plain_logits, probes, widened
 from fettle.models.forest import Forest
 from fettle.models.load import load
 from fettle.models.spec import EMBEDDED, ModelSpec
+from fettle.peft import BitFit, NewTokens
+from fettle.peft.new_tokens import rows_of
 from fettle.quantize import NF4, RTN, Activations, Grid, LLMInt8
 from fettle.quantize.activations import rounded
 from fettle.quantize.layouts import affine_of, compressed, gptq
@@ -359,6 +361,20 @@ def test_llama_cpp_computes_the_same_model(tokenizer: Any, tmp_path: Path, name:
     assert torch.equal(logps.argmax(-1), wanted.argmax(-1)) and len(set(wanted.argmax(-1).tolist())) > 1
     allowed = 1e-3 if kind == "gpt2" else 1e-4  # llama.cpp looks GELU up in a table of float16
     assert far(logps, wanted) < allowed * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("edit", [NewTokens(tokens=tuple(f"<{i}>" for i in range(40))), BitFit()], ids=lambda e: e.kind)
+def test_llama_cpp_computes_what_was_added_to_a_model(tokenizer: Any, tmp_path: Path, edit: Any) -> None:
+    """More words than the base has rows for, and biases where it has none."""
+    forest = opened(random_model(tmp_path / "model", "llama", tokenizer, tie_word_embeddings=True), edit)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for tensor in edit.tensors(forest.model).values():
+            tensor.normal_(std=0.2)
+    export(forest, [edit], tmp_path / "out", "gguf")
+    logps, wanted = theirs(tmp_path / "out", rows_of(forest.model.get_input_embeddings())), ours(forest.model)
+    assert torch.equal(logps.argmax(-1), wanted.argmax(-1))
+    assert far(logps, wanted) < 1e-4 * float(wanted.abs().max())
 
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -43,7 +43,7 @@ def evaluate(
     about = {
         "path": forest.spec.path,
         "revision": forest.spec.revision,
-        "dtype": str(forest.model.dtype).removeprefix("torch."),
+        "dtype": str(forest.dtype).removeprefix("torch."),
     }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     found = []

@@ -38,7 +38,7 @@ def export_compressed_tensors(
     forest: Forest, edits: Sequence[Edit], folder: Path, dtype: torch.dtype | None = None
 ) -> Parity:
     """Write the packed model; read it back with transformers where compressed-tensors is installed, else with fettle; compare."""
-    scales = dtype or forest.model.dtype
+    scales = dtype or forest.dtype
 
     def fit(name: str, packed: Quantized) -> Quantized:
         weight = affine_of(packed)

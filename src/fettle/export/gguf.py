@@ -32,6 +32,7 @@ from fettle.export.gguf_tokenizer import Vocabulary, vocabulary
 from fettle.export.parity import QUANTIZED, Parity, check, measure, plain_logits, silently
 from fettle.models.tasks import auto_class
 from fettle.models.weight import read_weight
+from fettle.peft.new_tokens import rows_of
 from fettle.quantize.layouts import Affine, affine_of
 from fettle.quantize.linear import quantized, requantizing
 
@@ -81,9 +82,9 @@ def export_gguf(
     if type is not None and type not in TYPES:
         raise FettleError(f"export: GGUF has no type '{type}': {nearest(type, TYPES)}")
     arch, facts = architecture(forest.config), sizes(forest.config)
-    words = vocabulary(forest.tokenizer, forest.model.get_input_embeddings().weight.shape[0])
+    words = vocabulary(forest.tokenizer, rows_of(forest.model.get_input_embeddings()))
     refuse_rounded_inputs(forest.model)
-    reference = measure(forest, FLOATS.get(type or "", forest.model.dtype))
+    reference = measure(forest, FLOATS.get(type or "", forest.dtype))
     model = folded(forest, edits)
     reference.agree(plain_logits(model, reference.probes), reference.adapted, "export: merging the edits")
     around = any(".base" in name for name in quantized(forest.model))  # an edit lies around a packed layer
@@ -95,7 +96,7 @@ def export_gguf(
     with new_folder(folder) as aside:
         file = aside / f"{_name(forest)}-{made.main}.gguf"
         _write(file, arch, _name(forest), facts, words, made)
-        reread = _reread(forest, file)
+        reread = _reread(forest, model.config, file)
         parity = check(
             reference, lambda rows: plain_logits(reread, rows), str(folder), "transformers with gguf", written,
             lost=QUANTIZED if few else None,
@@ -116,11 +117,11 @@ def _name(forest: Forest) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(forest.spec.path).name or "model")
 
 
-def _lay(forest: Forest, model: nn.Module, wanted: str | None) -> _File:
+def _lay(forest: Forest, model: Any, wanted: str | None) -> _File:
     """Every weight in its type; the model gets, in place, the values that the file will hold."""
-    config, exact = forest.config, _packed(forest, model, wanted)
+    config, exact = model.config, _packed(forest, model, wanted)
     packed_as = Counter(kind for kind, _ in exact.values()).most_common(1)
-    made = _File(wanted or (packed_as[0][0] if packed_as else OWN[forest.model.dtype]))
+    made = _File(wanted or (packed_as[0][0] if packed_as else OWN[forest.dtype]))
     for key, there, weight in named(model, config):
         name = key.rpartition(".")[0]
         try:
@@ -164,7 +165,7 @@ def _packed(forest: Forest, model: nn.Module, wanted: str | None) -> dict[str, t
 def _kind(forest: Forest, there: str, weight: Tensor, wanted: str | None) -> str:
     if weight.ndim < 2 or there == "position_embd.weight":
         return "F32"
-    kind = wanted or OWN[forest.model.dtype]
+    kind = wanted or OWN[forest.dtype]
     return "Q8_0" if there in WIDE and kind in FEW else kind
 
 
@@ -197,11 +198,11 @@ def _write(file: Path, arch: str, name: str, facts: Facts, words: Vocabulary, ma
     writer.close()
 
 
-def _reread(forest: Forest, file: Path) -> nn.Module:
-    """The file as transformers opens it, dequantized, in the model's own configuration: it does not read all of the file's."""
+def _reread(forest: Forest, config: Any, file: Path) -> nn.Module:
+    """The file as transformers opens it, dequantized, in the merged model's configuration: it does not read all of the file's."""
     from transformers import GgufConfig, LlamaConfig
 
-    config = copy.deepcopy(forest.config)
+    config = copy.deepcopy(config)
     if config.model_type == "mistral":  # without windows it is a Llama, and as such the file names it
         config = LlamaConfig(**{k: v for k, v in config.to_dict().items() if k not in ("model_type", "sliding_window")})
     with silently():

@@ -14,7 +14,7 @@ weights of few bits, whose rounding is noise beside the effect, half of it must 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -29,6 +29,7 @@ from fettle.core.batch import Example, Node, pack
 from fettle.models.encdec import start_token
 from fettle.models.parts import quiet
 from fettle.models.roles import evaluating
+from fettle.peft.new_tokens import new_ids, rows_of
 
 if TYPE_CHECKING:
     from fettle.models.forest import Forest
@@ -68,7 +69,7 @@ class Reference:
 
     probes: tuple[tuple[int, ...], ...]
     adapted: Tensor  # by the path that training takes
-    base: Tensor | None  # with its adapters off; None where it has none
+    base: Tensor | None  # with its adapters off, of the texts without new tokens; None where it has no adapters
     dtype: torch.dtype  # of what is written
 
     def agree(self, found: Tensor, wanted: Tensor, what: str) -> tuple[float, float]:
@@ -84,27 +85,36 @@ class Reference:
         return difference, tolerance
 
 
-def probes(vocabulary: int, bound: int | None, shunned: int | None = None) -> tuple[tuple[int, ...], ...]:
-    """Fixed token sequences: the same for the same vocabulary size, but for a token to avoid."""
-    length = min(LENGTH, bound or LENGTH)
-    drawn = np.random.default_rng(SEED).integers(0, vocabulary, size=(SEQUENCES, length))
+def probes(
+    vocabulary: int, bound: int | None, shunned: int | None = None, new: Sequence[int] = ()
+) -> tuple[tuple[int, ...], ...]:
+    """Fixed token sequences: the same for the same vocabulary size, but for a token to avoid.
+
+    `new`: the ids of new tokens, which only one more sequence has, in every other place.
+    """
+    length, random = min(LENGTH, bound or LENGTH), np.random.default_rng(SEED)
+    drawn = random.integers(0, vocabulary, size=(SEQUENCES + bool(new), length))
     if shunned is not None:
         drawn[drawn == shunned] = (shunned + 1) % vocabulary
+    if new:
+        drawn[-1, ::2] = random.choice(np.array(new), len(drawn[-1, ::2]))
     return tuple(tuple(map(int, row)) for row in drawn)
 
 
 def measure(forest: Forest, dtype: torch.dtype | None = None) -> Reference:
     """The reference of a model with its edits applied, to be written in its own type or in `dtype`; it is left as it was."""
     model: Any = forest.model
-    rows = probes(model.get_input_embeddings().weight.shape[0], forest.context, _shunned(forest))
+    new = new_ids(model)
+    old = min([rows_of(model.get_input_embeddings()), *new])
+    rows = probes(old, forest.context, _shunned(forest), new)
     modules = [m for m in forest.model.modules() if isinstance(getattr(m, "enabled", None), bool)]
     base = None
     with widened(model):
         adapted = _forest_logits(forest, rows)
         if modules:
             with _switched_off(modules):
-                base = _forest_logits(forest, rows)
-    return Reference(rows, adapted, base, dtype or model.dtype)
+                base = _forest_logits(forest, rows[:SEQUENCES])
+    return Reference(rows, adapted, base, dtype or forest.dtype)
 
 
 @contextmanager
@@ -216,9 +226,8 @@ def _kept(reference: Reference, found: Tensor) -> float | None:
     if reference.base is None:
         return None
     base = reference.base
-    adapted, found = (
-        logits[:, : base.shape[1]] for logits in (reference.adapted, found)
-    )  # a vocabulary may have grown
+    rows, columns = base.shape  # texts and a vocabulary without new tokens
+    adapted, found = (logits[:rows, :columns] for logits in (reference.adapted, found))
     effect, arrived = (adapted - base).double(), (found - base).double()
     power = effect.square().sum().item()
     return (effect * arrived).sum().item() / power if power > 0 else None

@@ -154,7 +154,7 @@ def _common(forest: Forest) -> Settings:
 
 def _reloaded(forest: Forest, rest: Sequence[Edit], folder: Path) -> tuple[nn.Module, str]:
     """A fresh base, changed by what has no tensors (a quantizer), with the adapter; and who read that."""
-    dtype = str(forest.model.dtype).removeprefix("torch.")
+    dtype = str(forest.dtype).removeprefix("torch.")
     fresh = load(forest.spec.model_copy(update={"dtype": dtype, "device": str(forest.device)}))
     for edit in rest:
         if not edit.tensors(forest.model):

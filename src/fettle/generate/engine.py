@@ -66,7 +66,7 @@ def _tried(forest: Forest) -> bool:
             pass
         finally:
             forest.model.train(was_training)
-        _found[forest.model] = apart <= TOLERANCE.get(forest.model.dtype, 0.2)
+        _found[forest.model] = apart <= TOLERANCE.get(forest.dtype, 0.2)
     return _found[forest.model]
 
 

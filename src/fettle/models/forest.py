@@ -18,6 +18,7 @@ from fettle.models.paths import hidden_by_paths
 from fettle.models.plan import Plan
 from fettle.models.scores import first_position, pooled, text_scores, word_scores
 from fettle.models.spec import ModelSpec
+from fettle.models.surgery import added
 from fettle.models.tasks import Task, is_encoder, task_of
 
 
@@ -70,6 +71,13 @@ class Forest:
     def device(self) -> torch.device:
         """Where the model's first parameter lies."""
         return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the model's own weights, whatever type those of its edits have."""
+        extra = added(self.model)
+        own = (t.dtype for name, t in self.model.named_parameters() if name not in extra and t.is_floating_point())
+        return next(own, self.model.dtype)
 
     @property
     def task(self) -> Task:

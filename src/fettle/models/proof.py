@@ -112,7 +112,7 @@ def prove(forest: Forest) -> Forest:
     kind = forest.config.model_type
     if kind in PROVEN | PROVEN_PAIRS or kind in PROVEN_ENCODERS and forest.task != "causal":
         return forest
-    allowed = TOLERANCE.get(forest.model.dtype, 0.2)
+    allowed = TOLERANCE.get(forest.dtype, 0.2)
     try:
         apart = difference(forest)
     except FettleError:

@@ -67,7 +67,7 @@ def with_task(forest: Forest, spec: ModelSpec) -> Forest:
     new = {name: weight for name, weight in model.named_parameters() if weight.is_meta}
     for name, weight in new.items():
         parent, _, last = name.rpartition(".")
-        made = torch.zeros(weight.shape, dtype=forest.model.dtype, device=forest.device)
+        made = torch.zeros(weight.shape, dtype=forest.dtype, device=forest.device)
         setattr(model.get_submodule(parent), last, nn.Parameter(made, requires_grad=False))
     setattr(model, NEW, frozenset(new))
     model.eval()

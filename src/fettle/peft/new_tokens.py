@@ -190,6 +190,12 @@ def rows_of(module: nn.Module) -> int:
     return len(module.weight) if base is None else rows_of(base)  # type: ignore[arg-type]
 
 
+def new_ids(model: nn.Module) -> list[int]:
+    """The ids whose rows such edits hold."""
+    grown = [m for m in model.modules() if isinstance(m, GrownEmbedding)]
+    return sorted({i for m in grown for i in range(m.first, m.first + len(m.rows))})
+
+
 def _full(module: nn.Module) -> Tensor:
     """[V', C]: all rows of an embedding or head, those that other edits added too."""
     if isinstance(module, GrownEmbedding | GrownHead):

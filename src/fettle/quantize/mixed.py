@@ -90,7 +90,7 @@ def _sensitivity(
 def _logps(forest: Forest, batch: Batch) -> Tensor:
     """[N, V] of the learned targets, in the type of the model: they are kept for all of the text."""
     learned = (batch.targets != IGNORE).nonzero()[:, 0]
-    return forest.logits(batch, learned).float().log_softmax(-1).to(forest.model.dtype)
+    return forest.logits(batch, learned).float().log_softmax(-1).to(forest.dtype)
 
 
 def _divergence(forest: Forest, batches: Sequence[Batch], full: Sequence[Tensor]) -> float:

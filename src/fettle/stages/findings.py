@@ -44,7 +44,7 @@ def findings(forest: Forest, edits: Sequence[Edit], calibrations: Sequence[Calib
             "fettle": fettle.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
             "python": platform.python_version(), "machine": platform.machine(),
             "cpu": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
-            "device": str(forest.device), "dtype": str(forest.model.dtype).removeprefix("torch."),
+            "device": str(forest.device), "dtype": str(forest.dtype).removeprefix("torch."),
         },
     }  # fmt: skip
 

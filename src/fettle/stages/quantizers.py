@@ -204,7 +204,7 @@ def header(base: Quantize, text: Perplexity) -> dict[str, Any]:
     return {
         "model": {
             "path": base.model.path, "hash": base_hash(folder_of(base.model.path, base.model.revision)) if known else None,
-            "dtype": str(full.model.dtype).removeprefix("torch."),
+            "dtype": str(full.dtype).removeprefix("torch."),
         },
         "text": {"path": text.path, "sha256": sha256(Path(text.path)), **about},
         "tokenizer": {"class": type(full.tokenizer).__name__, "size": len(full.tokenizer)},

@@ -198,7 +198,7 @@ def identity_of(forest: Forest, parent: Path | None, edits: Any, seed: int) -> l
     off = [] if roles.obstacle(forest.model) else roles.trained(forest.model)
     rest = [e.model_dump(mode="json") for e in edits if not any(e is o or e == o for o in off)]
     own = [*rest, seed] if rest else []
-    return [base, hashed, str(forest.model.dtype), parent and sha256(parent / MANIFEST), own]
+    return [base, hashed, str(forest.dtype), parent and sha256(parent / MANIFEST), own]
 
 
 def other_identity(name: str) -> list[Any]:
@@ -230,7 +230,7 @@ def _opened(name: str, policy: Forest) -> tuple[Forest, list[Any]]:
             f"objective.reference: '{name}' has another tokenizer ({len(theirs):,} tokens, the policy's has {len(ours):,}), so its "
             "log-probabilities are of other tokens; take a model of the same family"
         )
-    return forest, [*other_identity(name), str(forest.model.dtype)]
+    return forest, [*other_identity(name), str(forest.dtype)]
 
 
 def _by_example(forest: Forest, batch: Batch) -> Tensor:

@@ -18,7 +18,7 @@ from fettle.export.parity import Reference, check
 from fettle.models.forest import Forest
 from fettle.models.load import load
 from fettle.models.spec import ModelSpec
-from fettle.peft import Freeze, Full, LoRA
+from fettle.peft import Freeze, Full, LoRA, NewTokens
 
 
 def opened(folder: Path, dtype: str = "float32") -> Forest:
@@ -27,14 +27,18 @@ def opened(folder: Path, dtype: str = "float32") -> Forest:
     return forest
 
 
-def adapted(folder: Path, dtype: str = "float32", size: float = 0.1, **settings) -> tuple[Forest, list]:
-    forest = opened(folder, dtype)
-    edit = LoRA(**{"rank": 4, **settings})
-    edit.apply(forest.model)
+def moved(forest: Forest, edits: list, size: float = 0.1) -> tuple[Forest, list]:
+    """The edits applied, and away from where they start."""
     torch.manual_seed(0)
-    for tensor in edit.tensors(forest.model).values():
-        tensor.normal_(std=size)
-    return forest, [edit]
+    for edit in edits:
+        edit.apply(forest.model)
+        for tensor in edit.tensors(forest.model).values():
+            tensor.normal_(std=size)
+    return forest, edits
+
+
+def adapted(folder: Path, dtype: str = "float32", size: float = 0.1, **settings) -> tuple[Forest, list]:
+    return moved(opened(folder, dtype), [LoRA(**{"rank": 4, **settings})], size)
 
 
 @pytest.mark.parametrize("to", ["hf", "peft", "llama"])
@@ -52,6 +56,51 @@ def test_every_format_reads_back(tiny_llama: Path, tmp_path: Path, to: str, dtyp
     assert manifest["base"]["hash"] and manifest["edits"][0]["rank"] == 4
     assert {"tokenizer.json", "manifest.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
     assert len(edits[0].tensors(forest.model)) == 2 * 7 * 2  # the model itself is not merged
+
+
+EMBEDS = {
+    "new tokens": [NewTokens(tokens=("<a>", "<b>")), LoRA(rank=4)],
+    "lora on the embedding": [LoRA(rank=4, targets="embed_tokens")],
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+@pytest.mark.parametrize("case", EMBEDS)
+def test_an_edit_around_the_embedding_is_not_the_models_type(
+    tiny_llama: Path, tmp_path: Path, case: str, dtype: str | None
+) -> None:
+    """Such an edit's float32 weights are the model's first parameters; what is written is of the model's own type, or as asked."""
+    forest, edits = moved(opened(tiny_llama, "bfloat16"), EMBEDS[case])
+    assert forest.dtype == torch.bfloat16 and next(forest.model.parameters()).dtype == torch.float32
+    parity = export(forest, edits, tmp_path / "out", "hf", dtype=dtype)
+    kind = dtype or "bfloat16"
+    assert {
+        str(t.dtype).removeprefix("torch.") for t in load_file(tmp_path / "out" / "model.safetensors").values()
+    } == {kind}
+    assert parity.dtype == kind == read_json(tmp_path / "out" / "config.json")["dtype"]
+    assert parity.largest_difference < {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}[kind]
+
+
+def test_a_lora_on_the_embedding_of_a_model_in_sixteen_bits_goes_to_peft(tiny_llama: Path, tmp_path: Path) -> None:
+    forest, edits = moved(opened(tiny_llama, "bfloat16"), EMBEDS["lora on the embedding"])
+    parity = export(forest, edits, tmp_path / "out", "peft")
+    assert parity.written_difference <= parity.tolerance and parity.effect_kept == pytest.approx(1, abs=1e-3)
+
+
+def test_every_new_token_is_probed(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
+    """One row of the new ones, changed on its way into the file, is heard."""
+    forest, edits = moved(opened(tiny_llama), EMBEDS["new tokens"])
+    assert export(forest, edits, tmp_path / "whole", "hf").tokens == 5 * 48
+    whole = hf_module.merged
+
+    def lossy(*given):
+        model, written = whole(*given)
+        model.get_input_embeddings().weight.data[-1].mul_(1.5)
+        return model, written
+
+    monkeypatch.setattr(hf_module, "merged", lossy)
+    with pytest.raises(FettleError, match="logits differ by .* nothing was written"):
+        export(forest, edits, tmp_path / "out", "hf")
 
 
 def test_a_merged_folder_opens_again_and_ends_everywhere(tiny_llama: Path, tmp_path: Path) -> None:

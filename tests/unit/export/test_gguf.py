@@ -22,7 +22,7 @@ from fettle.export.gguf_tokenizer import CONTROL, NORMAL, TEXTS, UNUSED, plain, 
 from fettle.models.forest import Forest
 from fettle.models.load import folder_of, load
 from fettle.models.spec import EMBEDDED, ModelSpec
-from fettle.peft import LoRA
+from fettle.peft import BitFit, LoRA
 from fettle.quantize import NF4, RTN, Grid
 from fettle.quantize.layouts import affine_of
 from fettle.quantize.packed import quantize
@@ -115,6 +115,16 @@ def test_a_tuned_model_is_merged_and_rounded(tiny_llama: Path, tmp_path: Path) -
                 parameter.normal_(std=0.2)
     parity = export(forest, [edit], tmp_path / "out", "gguf", type="Q8_0")
     assert parity.effect_kept == pytest.approx(1, abs=0.05) and parity.dtype == "Q8_0"
+
+
+def test_biases_that_were_not_there_are_read_back(tiny_llama: Path, tmp_path: Path) -> None:
+    """The merged model's configuration counts: the base's has no biases."""
+    edit = BitFit()
+    forest = opened(tiny_llama, edit)
+    for tensor in edit.tensors(forest.model).values():
+        tensor.normal_(std=0.2)
+    assert export(forest, [edit], tmp_path / "out", "gguf").written_difference < 1e-5
+    assert "blk.0.ffn_up.bias" in {t.name for t in read(tmp_path / "out").tensors}
 
 
 def test_a_sum_is_rounded_once_and_by_the_type_that_was_asked_for(tiny_llama: Path, tmp_path: Path) -> None:
