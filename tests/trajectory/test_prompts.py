@@ -70,6 +70,8 @@ def test_check_says_what_trains_and_whether_the_texts_fit(recipe: Path, fettle: 
     assert good.returncode == 0 and "ready to run" in good.stdout + good.stderr, good.stderr
     long = fettle("check", str(recipe), "edits=[{kind: prompt_tuning, tokens: 500}]")
     assert long.returncode == 1
-    assert "behind a soft prompt of 500" in " ".join((long.stdout + long.stderr).split())
+    assert "examples are longer than 12 tokens, all that the model sees" in " ".join(
+        (long.stdout + long.stderr).split()
+    )
     twice = fettle("check", str(recipe), "edits=[{kind: prompt_tuning}, {kind: p_tuning_v2}]")
     assert twice.returncode == 1 and "a model takes one soft prompt" in " ".join(twice.stderr.split())

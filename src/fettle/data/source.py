@@ -28,7 +28,7 @@ from fettle.data.spec import DataSpec
 from fettle.data.store import Store
 from fettle.data.template import Encoder
 from fettle.data.templates import Template
-from fettle.data.units import Units, whole, windows
+from fettle.data.units import Limit, Units, whole, windows
 
 Beside = Callable[[np.ndarray, Batch], dict[str, Tensor]]  # from the units of a batch, and the batch
 KEPT_PLANS = 2  # the epoch that is read and the one before or after
@@ -61,6 +61,7 @@ class Source:
     spec: DataSpec
     store: Store
     units: Units
+    limit: Limit
     over: Path | None = None  # the list of rows that are too long, where there are any
 
 
@@ -85,11 +86,14 @@ class Corpus:
         self.counts = self._counted()
         self.notes = [note for s in self.sources for note in s.store.manifest["notes"]]
         self.notes += [
-            f"{c.source}: {c.too_long} rows are longer than {length} tokens{self._or_unseen()} and were left out "
+            f"{c.source}: {c.too_long} rows are longer than {s.limit}{self._or_unseen()} and were left out "
             f"(long: {s.spec.long}); they are listed in {s.over}"
             for c, s in zip(self.counts, self.sources, strict=True) if c.too_long
         ]  # fmt: skip
-        self.notes += [f"{c.source}: {c.cut} examples were cut to {length} tokens" for c in self.counts if c.cut]
+        self.notes += [
+            f"{c.source}: {c.cut} examples were cut to {s.limit}"
+            for c, s in zip(self.counts, self.sources, strict=True) if c.cut
+        ]  # fmt: skip
 
     def _or_unseen(self) -> str:
         form = self.encoder.form
@@ -211,21 +215,24 @@ def prepare(
     cache: Path | None = None,
     packing: bool = True,
     form: Form | None = None,
+    context: int | None = None,
 ) -> Corpus:
     """Read, encode (or find in `cache`) and mix the sources, in rows of `length` tokens.
 
-    `form` is what examples are made into where the model is not a plain causal language model (data/forms.py).
+    `form` is what examples are made into where the model is not a plain causal language model (data/forms.py), and knows what
+    that sees of them; of any other, `context` is the most tokens of an example that the model sees, None where there is no bound.
     Without a cache folder the tokens lie in a temporary one, removed with the corpus, or with the process where there is
     no corpus. FettleError where a source cannot be read, has too many bad rows, or leaves nothing to learn.
     """
-    if length < 2:
-        raise FettleError(f"batch.tokens: {length} tokens hold no prediction; at least 2 are needed")
+    limit = Limit(length, context if form is None else form.longest)
+    if limit.window < 2:
+        raise FettleError(f"batch.tokens: {limit}, hold no prediction; at least 2 are needed")
     if not specs:
         raise FettleError("data: no source is given")
     folder = make_folder(cache or _temporary())
     encoder = Encoder(tokenizer, form=form)
     try:
-        sources = [_source(spec, encoder, length, folder) for spec in specs]
+        sources = [_source(spec, encoder, limit, folder) for spec in specs]
     except FettleError as error:
         if cache is None and str(folder) in str(error):  # the list of bad rows, which can be read until then
             raise FettleError(f"{error} (until this process ends; with a cache folder it stays)") from None
@@ -243,30 +250,24 @@ def _temporary() -> Path:
     return folder
 
 
-def _source(spec: DataSpec, encoder: Encoder, length: int, cache: Path) -> Source:
+def _source(spec: DataSpec, encoder: Encoder, limit: Limit, cache: Path) -> Source:
     store = encoded(spec, encoder, cache)
     texts = store.manifest["format"] == "text" and encoder.form is None
-    if encoder.form is not None and encoder.form.longest is not None:
-        length = min(length, encoder.form.longest)
     unseen = encoder.form.unseen(store) if isinstance(encoder.form, Preference) else None
-    units = windows(store, length) if texts else whole(store, length, spec.long, unseen)
-    over = cache / f"{store.folder.name}.over-{length}.jsonl" if len(units.dropped) else None
+    units = windows(store, limit) if texts else whole(store, limit, spec.long, unseen)
+    over = cache / f"{store.folder.name}.over-{limit.tokens}.jsonl" if len(units.dropped) else None
     if over is not None:
-        reason = (
-            f"longer than {length} tokens"
-            if spec.long == "drop"
-            else f"nothing is learned in its first {length} tokens"
-        )
+        reason = f"longer than {limit}" if spec.long == "drop" else f"nothing is learned in its first {limit}"
         lines = [
             {"where": store.name(i), "reason": f"{store.lengths[i]} tokens: {reason}"} for i in units.dropped.tolist()
         ]
         write_bytes(over, b"".join(orjson.dumps(x, option=orjson.OPT_APPEND_NEWLINE) for x in lines))
     if not len(units):
         raise FettleError(
-            f"{spec.path}: all of its {len(store)} examples are longer than a row of {length} tokens, so nothing is left to "
-            "learn; raise batch.tokens"
+            f"{spec.path}: all of its {len(store)} examples are longer than {limit}, so nothing is left to learn; "
+            f"{limit.advice}say long: truncate"
         )
-    return Source(spec, store, units, over)
+    return Source(spec, store, units, limit, over)
 
 
 def _counts(source: Source, per_epoch: int, share: float, form: Form | None) -> Counts:

@@ -11,6 +11,32 @@ from fettle.data.store import Store
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The most tokens of an example: what a row has room for, and what the model sees, a soft prompt's taken off."""
+
+    row: int
+    context: int | None = None  # None where there is no bound
+
+    @property
+    def tokens(self) -> int:
+        """The lesser of both."""
+        return self.row if self.context is None else min(self.row, self.context)
+
+    @property
+    def window(self) -> int:
+        """Tokens of windows that fill a row: as many as the limit has, or some less where rows are no multiple of it."""
+        return self.row // -(-self.row // self.tokens)
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens" + (", all that the model sees" if self.tokens < self.row else "")
+
+    @property
+    def advice(self) -> str:
+        """What would raise it, before what else there is to do."""
+        return "" if self.tokens < self.row else "raise batch.tokens, or "
+
+
+@dataclass(frozen=True)
 class Units:
     """Arrays over units: the example, and the tokens [start, stop) of it. `cut` and `dropped` are example numbers."""
 
@@ -29,9 +55,9 @@ class Units:
         return self.stop - self.start
 
 
-def windows(store: Store, length: int) -> Units:
-    """Texts cut into windows of `length` tokens. The last token of a window is the first of the next, so that each is learned once."""
-    sizes = store.lengths
+def windows(store: Store, limit: Limit) -> Units:
+    """Texts cut into windows that fill a row. The last token of a window is the first of the next, so that each is learned once."""
+    sizes, length = store.lengths, limit.window
     number = np.where(sizes <= length, 1, -(-(sizes - 1) // (length - 1)))
     example = np.repeat(np.arange(len(sizes)), number)
     nth = np.arange(len(example)) - np.repeat(np.cumsum(number) - number, number)
@@ -40,17 +66,17 @@ def windows(store: Store, length: int) -> Units:
     return Units(example, start, np.minimum(start + length, sizes[example]), none, none)
 
 
-def whole(store: Store, length: int, policy: str, unseen: np.ndarray | None = None) -> Units:
-    """Examples as they are; those longer than `length` dropped, cut at their end, or refused.
+def whole(store: Store, limit: Limit, policy: str, unseen: np.ndarray | None = None) -> Units:
+    """Examples as they are; those over the limit dropped, cut at their end, or refused.
 
     `unseen` bool [n] are examples that count as too long besides, since no cut lets the model see all of them.
     """
-    sizes = store.lengths
+    sizes, length = store.lengths, limit.tokens
     over = np.flatnonzero((sizes > length) if unseen is None else (sizes > length) | unseen)
     if len(over) and policy == "error":
         raise FettleError(
-            f"{store.name(int(over[0]))}: {sizes[over[0]]} tokens are more than a row of {length}; {len(over)} of {len(sizes)} "
-            "examples are; raise batch.tokens, or say long: drop or long: truncate"
+            f"{store.name(int(over[0]))}: {sizes[over[0]]} tokens are more than {limit}; {len(over)} of {len(sizes)} examples "
+            f"are; {limit.advice}say long: drop or long: truncate"
         )
     if policy == "drop":
         keep, cut, dropped = np.setdiff1d(np.arange(len(sizes)), over), over[:0], over

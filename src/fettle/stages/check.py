@@ -24,7 +24,6 @@ from fettle.data.source import Corpus
 from fettle.evaluate import problems as evaluation_problems
 from fettle.models.forest import Forest
 from fettle.models.memory import MemoryPlan, available, predict, resident, worst_batch
-from fettle.models.prompt import find as find_prompt
 from fettle.models.select import partly_matched
 from fettle.models.weight import count_weights
 from fettle.stages.sense import senseless_on, too_short
@@ -89,7 +88,6 @@ def preflight(recipe: Recipe, forest: Forest, corpus: Corpus, job: Job) -> Repor
     report = survey(recipe, job, lambda: memory_of(forest, job, corpus))
     report.corpus = corpus
     report.problems += data_problems(corpus)
-    report.problems += too_long(forest, corpus)
     report.notes += corpus.notes
     if job.validation is not None:
         report.problems += [f"validation: {problem}" for problem in data_problems(job.validation.corpus)]
@@ -131,18 +129,6 @@ def survey(recipe: Recipe, job: Job, memory: Callable[[], MemoryPlan]) -> Report
             "and raise optim.accumulate, set model.gradient_checkpointing: true, or take optim.kind: adamw8bit or a lora edit"
         )
     return report
-
-
-def too_long(forest: Forest, corpus: Corpus) -> list[str]:
-    """Examples that a soft prompt leaves no room for in the model's context."""
-    front, room = find_prompt(forest.model), forest.context
-    longest = max(int(source.units.lengths.max()) for source in corpus.sources)
-    if front is None or room is None or longest <= room:
-        return []
-    return [
-        f"edits: the data's longest example has {longest} tokens, and behind a soft prompt of {front.length} the model of "
-        f"{forest.spec.path} sees {room}; set batch.tokens to {room} or take fewer virtual tokens"
-    ]
 
 
 def memory_of(forest: Forest, job: Job, corpus: Corpus) -> MemoryPlan:

@@ -183,6 +183,7 @@ class Quantize(Stage):
         wanted = self.calibration
         corpus = prepare(
             wanted.data, forest.tokenizer, wanted.length, seed=wanted.seed, cache=self.cache or self.output / "cache", form=form_of(forest),
+            context=forest.context,
         )  # fmt: skip
         there = corpus.batches_per_epoch
         if there < wanted.samples:

@@ -173,7 +173,8 @@ class Reinforce(Recipe):
         if self.mix is None:
             return None
         corpus = prepare(
-            self.mix.data, forest.tokenizer, self.batch.tokens, seed=self.seed, cache=self._cache, packing=self.batch.packing
+            self.mix.data, forest.tokenizer, self.batch.tokens, seed=self.seed, cache=self._cache, packing=self.batch.packing,
+            context=forest.context,
         )  # fmt: skip
         return Mix(corpus, self.mix.rows, self.mix.coefficient)
 

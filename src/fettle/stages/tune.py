@@ -223,7 +223,7 @@ class Recipe(Stage):
     def _prepared(self, data: Sequence[DataSpec], forest: Forest, seed: int) -> Corpus:
         return prepare(
             data, forest.tokenizer, self.batch.tokens, seed=seed,
-            cache=self._cache, packing=self.batch.packing, form=form_of(forest, self.objective.form),
+            cache=self._cache, packing=self.batch.packing, form=form_of(forest, self.objective.form), context=forest.context,
         )  # fmt: skip
 
     @property

@@ -128,10 +128,28 @@ def test_long_conversations_by_policy(tmp_path: Path, tokenizer) -> None:
     assert [json.loads(line)["where"] for line in listed.read_text().splitlines()] == [f"{path}:{i}" for i in (3, 4, 5)]
     (counts,) = prepare([DataSpec(path=path, long="truncate")], tokenizer, 64, cache=tmp_path / "c").counts
     assert (counts.kept, counts.set_aside, counts.too_long, counts.cut) == (4, 1, 1, 2)
-    with pytest.raises(FettleError, match=r"a.jsonl:3: \d+ tokens are more than a row of 64; 3 of 5"):
+    with pytest.raises(
+        FettleError, match=r"a.jsonl:3: \d+ tokens are more than 64 tokens; 3 of 5 examples are; raise batch.tokens, or"
+    ):
         prepare([DataSpec(path=path, long="error")], tokenizer, 64)
     with pytest.raises(FettleError, match="all of its 5 examples are longer"):
         prepare([DataSpec(path=path)], tokenizer, 8)
+
+
+def test_no_example_is_longer_than_what_the_model_sees(tmp_path: Path, tokenizer) -> None:
+    """A row may be longer than the model's context, an example in it may not: texts go on in the next window."""
+    talk = jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "output": "bread " * n} for n in (1, 2, 60)])
+    text = jsonl(tmp_path / "b.jsonl", [{"text": "bread " * 90}, {"text": text_of(1)}])
+    specs = [DataSpec(path=talk), DataSpec(path=text, format="text")]
+    corpus, wide = (prepare(specs, tokenizer, 256, cache=tmp_path / "c", context=bound) for bound in (48, None))
+    assert {int(corpus.batch(i).positions.max()) + 1 for i in range(4)} == {256 // 6}  # windows fill a row
+    assert corpus.counts[1].learned == wide.counts[1].learned and corpus.counts[1].examples > wide.counts[1].examples
+    assert corpus.counts[0].too_long == 1 and wide.counts[0].too_long == 0
+    assert any("1 rows are longer than 48 tokens, all that the model sees and were left" in n for n in corpus.notes)
+    with pytest.raises(
+        FettleError, match="are more than 48 tokens, all that the model sees; 1 of 3 examples are; say long"
+    ):
+        prepare([DataSpec(path=talk, long="error")], tokenizer, 256, context=48)
 
 
 def test_cut_examples_count_what_is_left(tmp_path: Path, tokenizer) -> None:

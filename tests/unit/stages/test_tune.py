@@ -68,6 +68,22 @@ def test_files_that_cannot_be_used_are_found_before_a_step(
     assert re.search(said, found[0])
 
 
+@pytest.mark.parametrize("edits", ["[{kind: lora}]", "[{kind: prompt_tuning, tokens: 100}]"])
+def test_positions_end_with_the_models_context(recipe: Path, edits: str) -> None:
+    """A row of 2,048 tokens holds texts of up to 512 of a model that sees so many, soft prompt included."""
+    (recipe.parent / "long.txt").write_text("one two three " * 3000)
+    data = f"[{{path: {recipe.parent}/long.txt, format: text}}]"
+    (stage,) = load_recipe(
+        recipe, ["batch.tokens=2048", f"data={data}", f"edits={edits}", f"validation={{data: {data}}}"]
+    ).stages
+    forest, _ = stage.open(None)
+    assert forest.context == (512 if "lora" in edits else 412)
+    for corpus in (stage.corpus(forest), stage.held_out(forest).corpus):
+        batch = corpus.batch(0)
+        assert int(batch.positions.max()) == {512: 511, 412: 408}[forest.context]  # a fifth of a row: windows fill it
+        assert batch.useful == {512: 2048, 412: 2045}[forest.context]
+
+
 def test_what_a_check_notes_a_run_tells_and_reports(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(load_recipe(recipe))
     folder = recipe.parent / "run"
