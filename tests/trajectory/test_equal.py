@@ -50,7 +50,7 @@ def test_two_processes_are_one(recipe: Path, fettle: Fettle, tmp_path: Path) -> 
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
-        "--master_port=29511",
+        "--standalone",
         "-m",
         "fettle.cli",
     ]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fettle.core.errors import FettleError
-from fettle.core.files import verify
+from fettle.core.files import read_json, verify
 from trajectory.conftest import Fettle, command, trace, weights
 
 DIE = """
@@ -85,8 +85,9 @@ def test_killed_at_twenty_random_moments(recipe: Path, fettle: Fettle, tmp_path:
     for i in range(20):
         folder = tmp_path / f"run{i}"
         child = subprocess.Popen(
-            command("run", str(recipe), f"output={folder}"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
+            command("run", str(recipe), f"output={folder}"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
         while not (folder / "metrics.jsonl").exists() and child.poll() is None:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 1.0))
@@ -97,22 +98,34 @@ def test_killed_at_twenty_random_moments(recipe: Path, fettle: Fettle, tmp_path:
         assert (trace(folder), weights(folder)) == expected
 
 
-def test_sigterm_saves_and_has_its_own_exit_code(recipe: Path, fettle: Fettle, tmp_path: Path, expected: tuple) -> None:
-    slow = (
-        "import fettle.train.loop as l, time; step = l.run_step\nl.run_step = lambda *a: (time.sleep(0.3), step(*a))[1]"
-    )
-    child = subprocess.Popen(
-        command("run", str(recipe), "checkpoint.every=100", before=slow), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while child.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-        time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
-    _, said = child.communicate(timeout=60)
-    assert child.returncode == 128 + signal.SIGTERM, said
-    assert "SIGTERM: stopped after step" in said and "--resume" in said
+TERM = """
+import os, signal, fettle.train.loop as loop
+step, save = loop.run_step, loop._save
+def at(function, number):
+    def found(job, now, *rest):
+        if now == number and os.environ.get("RANK", "1") == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(job, now, *rest)
+    return found
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "after"),
+    [("run_step = at(step, 2)", 3), ("run_step = at(step, 7)", 8), ("_save = at(save, 8)", 8)],
+    ids=["a step", "the last step", "the last step's checkpoint"],
+)
+def test_sigterm_saves_and_has_its_own_exit_code(
+    where: str, after: int, recipe: Path, fettle: Fettle, tmp_path: Path, expected: tuple
+) -> None:
+    """In the last step too: nothing that follows begins, and a resumed run has its figures although it takes no step."""
+    stopped = fettle("run", str(recipe), "checkpoint.every=100", before=f"{TERM}loop.{where}")
+    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    assert f"SIGTERM: stopped after step {after}; saved; go on with --resume" in " ".join(stopped.stderr.split())
+    assert not (tmp_path / "run" / "artifact").exists()
     finish(fettle, recipe, tmp_path / "run", expected)
+    facts = read_json(tmp_path / "run" / "artifact" / "manifest.json")
+    assert facts["last"]["step"] == 8 and facts["last"]["loss"] == trace(tmp_path / "run")[-1][1]
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_stepped_over(
@@ -241,30 +254,24 @@ def test_an_output_below_a_file_is_one_sentence(recipe: Path, fettle: Fettle, tm
 
 
 def test_a_signal_to_one_of_two_processes_stops_both(recipe: Path, tmp_path: Path) -> None:
-    slow = (
-        "import fettle.train.loop as l, time; step = l.run_step\nl.run_step = lambda *a: (time.sleep(0.3), step(*a))[1]"
-    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     children = [
         subprocess.Popen(
-            command("run", str(recipe), "checkpoint.every=100", before=slow), stderr=subprocess.PIPE, text=True,
-            stdout=subprocess.DEVNULL, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            command("run", str(recipe), "checkpoint.every=100", before=f"{TERM}loop.run_step = at(step, 2)"), text=True,
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]  # fmt: skip
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while all(c.poll() is None for c in children) and not (metrics.exists() and metrics.stat().st_size):
-        time.sleep(0.05)
-    children[1].send_signal(signal.SIGTERM)
     try:
         said = [child.communicate(timeout=60)[1] for child in children]
     finally:
         for child in children:
             child.kill()
     assert [child.returncode for child in children] == [128 + signal.SIGTERM] * 2, said
+    assert all("SIGTERM: stopped after step 3; saved" in " ".join(text.split()) for text in said)
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
 
 

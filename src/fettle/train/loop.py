@@ -26,7 +26,7 @@ from fettle.core.files import sweep
 from fettle.train import checkpoint
 from fettle.train.agreement import require_same
 from fettle.train.checkpoint import CheckpointSpec
-from fettle.train.log import Log, Rate, Spent
+from fettle.train.log import Log, Rate, Spent, read_metrics
 from fettle.train.optim import Masters, OptimSpec, build, norm, set_lr
 from fettle.train.parallel import World
 from fettle.train.seeds import seed_all
@@ -128,14 +128,21 @@ def fit(job: Job) -> dict[str, float]:
                 ended = world.largest(caught[0] if caught else 0, job.model.device)  # one decision for all processes
                 if (step + 1) % job.checkpoints.every == 0 or step + 1 == job.steps or ended:
                     _save(job, step + 1, masters, optimizer, world)
-                if ended and step + 1 < job.steps:
-                    name = signal.Signals(ended).name
-                    raise Stopped(128 + ended, f"{name}: stopped after step {step + 1}; saved; go on with --resume")
+                if ended:
+                    raise _stopped(ended, step + 1)
+            if ended := world.largest(caught[0] if caught else 0, job.model.device):  # while the last step was saved
+                raise _stopped(ended, job.steps)
     finally:
         masters.close()
         log.close()
         job.model.model.eval()
-    return last
+    return last or (read_metrics(job.folder) or [last])[-1]  # a resumed run may have no step left
+
+
+def _stopped(number: int, steps: int) -> Stopped:
+    return Stopped(
+        128 + number, f"{signal.Signals(number).name}: stopped after step {steps}; saved; go on with --resume"
+    )
 
 
 def join(job: Job) -> World:

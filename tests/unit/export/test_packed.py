@@ -166,7 +166,7 @@ def test_an_update_below_the_grid_is_not_written_as_if_it_were_there(tiny_llama:
     with torch.no_grad():
         for parameter in forest.model.parameters():
             if parameter.requires_grad:
-                parameter.normal_(std=0.003)
+                parameter.normal_(std=0.0003)
     with pytest.raises(
         FettleError, match="of the adaptation arrived in weights of so few bits; .* --to hf, .* or --to peft"
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import re
@@ -147,12 +148,13 @@ class Terminal:
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
         self.before = termios.tcgetattr(theirs)
         code = "from fettle.cli import main; main(['label', 'items.jsonl', '--labeler', 'ada'])"
-        environment = os.environ | {"TERM": "xterm-256color", "NO_COLOR": "1"}
+        environment = os.environ | {"TERM": "xterm-256color", "NO_COLOR": "1", "PYTHONUTF8": "1"}
         environment.pop("COLUMNS", None)
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
         )  # fmt: skip
         self.theirs, self.said = theirs, ""
+        self.characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def wait_for(self, pattern: str, seconds: float = 120) -> str:
         """What is said up to and with a pattern; it counts from the last one on."""
@@ -160,7 +162,7 @@ class Terminal:
         while (match := re.search(pattern, self.said, re.DOTALL)) is None:
             assert time.monotonic() < end, f"no {pattern!r} in {self.said!r}"
             if select.select([self.ours], [], [], 0.1)[0]:
-                self.said += os.read(self.ours, 65536).decode(errors="replace")
+                self.said += self.characters.decode(os.read(self.ours, 65536))
                 self.said = STYLE.sub("", self.said)
         found, self.said = self.said[: match.end()], self.said[match.end() :]
         return found
