@@ -6,10 +6,11 @@ import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Where = tuple[str | int, ...]  # a path of keys into a document
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moving average: the share of what was that stays at a step
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

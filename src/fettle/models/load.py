@@ -7,6 +7,7 @@ refused, code that came with the model runs only with an opt-in and a pinned com
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -44,6 +45,8 @@ def load(spec: ModelSpec) -> Forest:
     dtype = pick_dtype(spec.dtype, device)
     if device.type == "cpu":
         keep_pages()
+    else:
+        torch.cuda.set_device(device)
     spec = resolved(spec, configuration(spec))
     model = random_model(spec, dtype) if spec.config is not None else pretrained(spec, dtype)
     tokenizer = load_tokenizer(spec)
@@ -74,18 +77,25 @@ def checkpoint_layers(model: Any) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a spec means."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that a spec means; of several processes under torchrun each has the GPU of its number on the machine."""
+    asked = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        device = torch.device(name)
+        device = torch.device(asked)
     except RuntimeError:
-        raise FettleError(f"model.device: '{name}' is not a device; use auto, cpu, cuda or cuda:<number>") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise FettleError(f"model.device: '{name}' is not a device of ours; use auto, cpu, cuda or cuda:<number>")
+    if device.type == "cpu":
+        return device
+    number, there = device.index, torch.cuda.device_count()
+    if number is None:
+        number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= there:
         raise FettleError(
-            f"model.device: '{name}' is not here ({torch.cuda.device_count()} CUDA devices); use auto or cpu"
+            f"model.device: '{name}' means GPU number {number}, and there are {there} here; use auto or cpu, or as many processes as "
+            "there are GPUs"
         )
-    return device
+    return torch.device("cuda", number)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

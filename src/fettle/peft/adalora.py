@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
+from fettle.core.spec import Decay
 from fettle.models.select import linears
 from fettle.models.surgery import beneath, made_by, replace, untie
 from fettle.models.weight import in_out, live_weight, place, read_weight, write_weight
@@ -138,7 +139,7 @@ class AdaLoRA(Edit):
     warmup: float = Field(default=0.1, ge=0, description="steps before the budget falls; a share of all where below 1")
     final: float = Field(default=0.3, ge=0, description="steps after it has fallen; a share of all where below 1")
     every: int = Field(default=10, ge=1, description="steps from one choice to the next while it falls")
-    betas: tuple[float, float] = (0.85, 0.85)
+    betas: tuple[Decay, Decay] = (0.85, 0.85)
     orthogonality: float = Field(default=0.1, ge=0, description="gamma")
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fettle.core.spec import Spec
+from fettle.core.spec import Decay, Spec
 from fettle.train.adam8bit import AdamW8bit
 
 
@@ -26,7 +26,7 @@ class OptimSpec(Spec):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     floor: float = Field(default=0.0, ge=0, le=1, description="the schedule ends at this share of lr")
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     clip: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null for none")
 

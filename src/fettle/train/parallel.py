@@ -38,7 +38,7 @@ class World:
                 f"choose a multiple of {size}"
             )
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return World(dist.get_rank(), size)
 
     @staticmethod

@@ -200,9 +200,21 @@ def test_the_hash_of_a_base_follows_its_weights(folder: Path) -> None:
 
 def test_devices() -> None:
     assert loading.pick_device("cpu").type == "cpu"
-    for bad in ("gpu", "cuda:99"):
+    for bad in ("gpu", "cuda:99", "mps", "meta"):
         with pytest.raises(FettleError, match=bad):
             loading.pick_device(bad)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_process_has_a_gpu_of_its_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert loading.pick_device(name) == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert loading.pick_device(name) == torch.device("cuda", 1) and loading.pick_device("cuda:0").index == 0
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(FettleError, match=f"'{name}' means GPU number 2, and there are 2 here"):
+        loading.pick_device(name)
 
 
 def test_the_allocator_takes_the_setting() -> None:

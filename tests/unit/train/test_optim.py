@@ -1,12 +1,14 @@
 """Schedules, float32 masters, 8-bit state."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
+from fettle.peft import AdaLoRA
 from fettle.train import adam8bit
 from fettle.train.adam8bit import AdamW8bit, dequantize, dynamic_code, quantize
 from fettle.train.optim import Masters, OptimSpec, build, norm
@@ -119,3 +121,10 @@ def test_the_table_finds_what_a_search_finds(signed: bool) -> None:
     values = values[values.isfinite() & (values.abs() <= 1) & ((values >= 0) | signed)]
     assert len(values) > 100_000
     assert torch.equal(adam8bit.nearest(values, signed).long(), torch.bucketize(values, middles))
+
+
+@pytest.mark.parametrize("make", [OptimSpec, AdaLoRA], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("betas", [(0.9, 1.5), (1.0, 0.9), (-0.1, 0.9)])
+def test_a_moving_average_keeps_a_share_of_what_was(make: Any, betas: tuple[float, float]) -> None:
+    with pytest.raises(ValidationError, match="betas"):
+        make(betas=betas)
