@@ -34,6 +34,7 @@ from fettle.models.tasks import auto_class, headed, own_problems, resolved
 
 INDEX = "model.safetensors.index.json"
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+WORDS = ["*token*.json", "*token*.model", "chat_template*", "vocab*", "merges.txt", "spiece.model", "*.tiktoken"]
 _WHAT = {"config.json": "model", "tokenizer_config.json": "tokenizer"}
 LONGEST = 400  # characters of a library's message
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -189,6 +190,15 @@ def base_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def identity_of_base(spec: ModelSpec) -> list[str | None]:
+    """Hashes of what a spec names: the weights with their configuration (None for random ones), and the tokenizer's files."""
+    folder, digest = _folder_of_tokenizer(spec), hashlib.sha256()
+    for file in sorted(file for name in WORDS for file in folder.glob(name)):
+        digest.update(f"{file.name} {sha256(file)}\n".encode())
+    weights = base_hash(folder_of(spec.path, spec.revision)) if spec.config is None else None
+    return [weights, digest.hexdigest()]
+
+
 def pretrained(spec: ModelSpec, dtype: torch.dtype) -> nn.Module:
     """The pretrained model; FettleError where the folder does not hold exactly its weights."""
     from transformers.utils import logging
@@ -339,11 +349,7 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     """The tokenizer that goes with a model."""
     from transformers import AutoTokenizer
 
-    folder = (
-        folder_of(spec.tokenizer, needs="tokenizer_config.json")
-        if spec.tokenizer
-        else folder_of(spec.path, spec.revision)
-    )
+    folder = _folder_of_tokenizer(spec)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -351,6 +357,12 @@ def load_tokenizer(spec: ModelSpec) -> Any:
             f"{folder}: the tokenizer cannot be loaded: {_whole(error)}; put its files there, or name another folder in "
             "model.tokenizer"
         ) from error
+
+
+def _folder_of_tokenizer(spec: ModelSpec) -> Path:
+    if spec.tokenizer:
+        return folder_of(spec.tokenizer, needs="tokenizer_config.json")
+    return folder_of(spec.path, spec.revision)
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:

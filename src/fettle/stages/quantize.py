@@ -31,6 +31,7 @@ from fettle.evaluate import EvalSpec, evaluate, require_evaluations, scored
 from fettle.evaluate import problems as evaluation_problems
 from fettle.models.blockwise import Blockwise
 from fettle.models.forest import Forest
+from fettle.models.load import identity_of_base
 from fettle.models.memory import MemoryPlan, available, measure_peak, reset_peak, resident, weight_bytes
 from fettle.models.spec import ModelSpec
 from fettle.models.weight import count_weights
@@ -200,12 +201,12 @@ class Quantize(Stage):
         return found
 
     def made_of(self, parent: Path | None = None) -> dict[str, Any]:
-        """All that decides what comes out: the recipe, what its data hold, the parent's manifest."""
+        """All that decides what comes out: the recipe, what its data hold, the parent's manifest or the base's files."""
         sources = self.calibration.data if self.calibration else ()
         return {
             "recipe": self.model_dump(mode="json", exclude={"output", "evaluate", "cache"}),
             "data": [[source.path, content_hash(source)] for source in sources],
-            "parent": parent and sha256(parent / MANIFEST),
+            "parent": identity_of_base(self.model) if parent is None else sha256(parent / MANIFEST),
         }
 
     def preview(self, before: Sequence[Any]) -> Forest:

@@ -28,6 +28,7 @@ from fettle.data.rows import require_sources, shared
 from fettle.data.source import Corpus
 from fettle.evaluate import EvalSpec, evaluate, require_evaluations, scored
 from fettle.models.forest import Forest
+from fettle.models.load import identity_of_base
 from fettle.models.memory import reset_peak
 from fettle.models.spec import ModelSpec
 from fettle.models.weight import count_weights
@@ -242,11 +243,11 @@ class Recipe(Stage):
                 corpus.beside.fill(job.model, batches, identity, cache, world)
 
     def made_of(self, parent: Path | None = None) -> dict[str, Any]:
-        """All that decides what training gives: the recipe, what its data hold, the parent's manifest."""
+        """All that decides what training gives: the recipe, what its data hold, the parent's manifest or the base's files."""
         return {
             "recipe": self.model_dump(mode="json", exclude={"output", "evaluate", "validation", "checkpoint", "cache"}),
             "data": [[source.path, content_hash(source)] for source in self.data],
-            "parent": parent and sha256(parent / MANIFEST),
+            "parent": identity_of_base(self.model) if parent is None else sha256(parent / MANIFEST),
             **reference_identity(self.objective),
             **teacher_identity(self.objective),
             **tuned_identity(self.edits),

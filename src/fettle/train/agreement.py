@@ -1,6 +1,6 @@
 """What a run was begun with and what it is resumed with must be the same: the recipe, the data's content, the parent.
 
-{"recipe": {...}, "data": [[path, hash], ...], "parent": hash or None}        nothing else decides a training run
+{"recipe": {...}, "data": [[path, hash], ...], "parent": hash, or the hashes of a base and its tokenizer}     nothing else decides a run
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def _sentence(key: str, old: Any, new: Any, before: dict[str, Any], after: dict[
             f"was written with other data ('{name}' has changed since); put it back, or start afresh in another output"
         )
     if part == "parent":
-        return "was written on another parent (the artifact of the stage before has changed since); start afresh in another output"
+        return (
+            "was written on another parent (the artifact of the stage before, or the base's weights or tokenizer, have changed "
+            "since); put them back, or start afresh in another output"
+        )
     return (
         f"was written by another recipe ({rest or key}: {old} then, {new} now); resume with the recipe of that run, "
         "or start afresh in another output"

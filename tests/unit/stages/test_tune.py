@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from fettle.core.errors import FettleError
 from fettle.core.locks import alone_in
-from fettle.stages import check, load_recipe, open_model, run
+from fettle.stages import check, load_recipe, open_model, run, tune
 from fettle.train import loop
 from fettle.train.log import read_metrics
 
@@ -82,6 +83,30 @@ def test_positions_end_with_the_models_context(recipe: Path, edits: str) -> None
         batch = corpus.batch(0)
         assert int(batch.positions.max()) == {512: 511, 412: 408}[forest.context]  # a fifth of a row: windows fill it
         assert batch.useful == {512: 2048, 412: 2045}[forest.context]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_run_does_not_go_on_over_another_base(
+    recipe: Path, tiny_llama: Path, file: str, finished: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = recipe.parent / "base"
+    shutil.copytree(tiny_llama, base)
+    pipeline = load_recipe(recipe, [f"model.path={base}", "evaluate=[]"])
+    if not finished:
+        monkeypatch.setattr(tune, "save_artifact", lambda *_: 1 / 0)
+    with nullcontext() if finished else pytest.raises(ZeroDivisionError):
+        run(pipeline)
+    monkeypatch.undo()
+    whole = (base / file).read_bytes()
+    other = whole[:-1] + bytes([whole[-1] ^ 1]) if file.endswith("safetensors") else whole + b"\n"
+    (base / file).write_bytes(other)
+    with pytest.raises(
+        FettleError, match="was written on another parent .*the base's weights or tokenizer, have changed"
+    ):
+        run(pipeline, resume=True)
+    (base / file).write_bytes(whole)
+    run(pipeline, resume=True)
 
 
 def test_what_a_check_notes_a_run_tells_and_reports(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
