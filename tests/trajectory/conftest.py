@@ -73,3 +73,11 @@ def trace(folder: Path) -> list[tuple[int, float, float]]:
 def weights(folder: Path) -> bytes:
     """The trained tensors of a run's artifact, byte for byte."""
     return (folder / "artifact" / "edits.safetensors").read_bytes()
+
+
+def under_torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    """`fettle ...` as two processes."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "fettle.cli", *words],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, check=False,
+    )  # fmt: skip

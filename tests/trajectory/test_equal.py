@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from trajectory.conftest import Fettle, trace
+from trajectory.conftest import Fettle, trace, under_torchrun
 
 EPOCH = ["optim.steps=4", "checkpoint.every=100", "edits=[{kind: full}]"]
 
@@ -45,21 +42,35 @@ def test_one_packed_batch_is_many_single_ones(recipe: Path, fettle: Fettle, tmp_
 def test_two_processes_are_one(recipe: Path, fettle: Fettle, tmp_path: Path) -> None:
     words = [*EPOCH, "optim.accumulate=2"]
     assert fettle("run", str(recipe), *words, f"output={tmp_path / 'a'}").returncode == 0
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        "-m",
-        "fettle.cli",
-    ]
-    two = subprocess.run(
-        [*launch, "run", str(recipe), *words, f"output={tmp_path / 'b'}"], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, check=False,
-    )  # fmt: skip
+    two = under_torchrun("run", str(recipe), *words, f"output={tmp_path / 'b'}")
     assert two.returncode == 0, two.stderr
     close(tmp_path / "a", tmp_path / "b", 2e-6)
+
+
+STAGES = """
+stages:
+  - kind: quantize
+    model: {{path: {model}, dtype: float32}}
+    edits: [{{kind: gptq, grid: {{group: {group}}}}}]
+    calibration: {{data: [{{path: {folder}/data.jsonl}}], samples: 4, length: 96}}
+    output: {folder}/quantized
+  - edits: [{{kind: lora, rank: 2}}]
+    data: [{{path: {folder}/data.jsonl}}]
+    optim: {{steps: 2, accumulate: 2}}
+    batch: {{tokens: 128}}
+    output: {folder}/tuned
+"""
+
+
+@pytest.mark.parametrize(("group", "said"), [(32, ""), (48, "the first process failed: edits.0: gptq: ")])
+def test_what_one_process_does_the_others_wait_for(
+    recipe: Path, tiny_llama: Path, tmp_path: Path, group: int, said: str
+) -> None:
+    """A quantizer's stage before a tuned one; where it fails, all end with its sentence."""
+    (tmp_path / "stages.yaml").write_text(STAGES.format(model=tiny_llama, folder=tmp_path, group=group))
+    two = under_torchrun("run", str(tmp_path / "stages.yaml"))
+    assert said in two.stderr and "fettle/stages" not in two.stderr, two.stderr  # no traceback of ours
+    assert (two.returncode == 0) is (not said) is (tmp_path / "tuned" / "artifact" / "manifest.json").exists()
 
 
 # The memory prediction rehearses two batches, so the seventh call is the first of step 3.

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from trajectory.conftest import Fettle, weights
+from trajectory.conftest import Fettle, under_torchrun, weights
 
 RECIPE = """
 kind: reinforce
@@ -94,19 +91,7 @@ def test_two_processes_are_one(recipe: Path, fettle: Fettle, tmp_path: Path) -> 
     words = ["optim.steps=6"]
     alone = fettle("run", str(recipe), *words, f"output={tmp_path / 'a'}")
     assert alone.returncode == 0, alone.stderr
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        "-m",
-        "fettle.cli",
-    ]
-    two = subprocess.run(
-        [*launch, "run", str(recipe), *words, f"output={tmp_path / 'b'}"], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300, check=False,
-    )  # fmt: skip
+    two = under_torchrun("run", str(recipe), *words, f"output={tmp_path / 'b'}")
     assert two.returncode == 0, two.stderr
     one, other = rows_of(tmp_path / "a"), rows_of(tmp_path / "b")
     assert len(one) == len(other) == 6

@@ -116,6 +116,7 @@ class Stage(Spec):
     """One thing that a recipe runs; opens the artifact of the stage before it and leaves its own."""
 
     output: Path = Field(description="the folder that receives the artifact")
+    shared: ClassVar[bool] = False  # whether the processes of a run share its work; else the first one does it
 
     def require_files(self) -> None:
         """FettleError, by its key, where a file that the recipe names is not there; asked of all stages before the first one runs."""

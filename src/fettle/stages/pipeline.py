@@ -83,9 +83,13 @@ def run(recipe: Stage | Pipeline, resume: bool = False) -> Path:
             stage.require_files()
     for number, stage in enumerate(pipeline.stages):
         with _placing(pipeline, number), alone_in(stage.output) if World.rank_here() == 0 else nullcontext():
-            parent = stage.run(parent, resume=resume)
+            parent = stage.run(parent, resume=resume) if stage.shared else _by_one(stage, parent, resume)
     assert parent is not None
     return parent
+
+
+def _by_one(stage: Stage, parent: Path | None, resume: bool) -> Path:
+    return World.join(None).by_first(lambda: stage.run(parent, resume=resume))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -67,6 +67,8 @@ class BatchSpec(Spec):
 
 class Recipe(Stage):
     """Tune a model: the flat form of a recipe file, and one item of `stages:`."""
+
+    shared: ClassVar[bool] = True
 
     kind: Literal["tune"] = "tune"
     model: ModelSpec = Field(default_factory=ModelSpec)

@@ -6,14 +6,18 @@ The batches of a step are the same whatever the number of processes; rank r take
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fettle.core.errors import FettleError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,27 @@ class World:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """What the first process gets by `work`, handed to the others, which wait for it as long as it takes.
+
+        FettleError in the others where the first one fails.
+        """
+        if self.size == 1:
+            return work()
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        made: list[Any] = [None, "the first process was ended"]
+        try:
+            if self.first:
+                made = [work(), None]
+        except Exception as error:
+            made = [None, str(error) or type(error).__name__]
+            raise
+        finally:
+            dist.broadcast_object_list(made, src=0, group=patient)
+        if made[1] is not None:
+            raise FettleError(f"the first process failed: {made[1]}")
+        return made[0]  # type: ignore[no-any-return]
 
     def largest(self, number: int, device: torch.device) -> int:
         """The largest of a number over the processes: what each of them found, and all must act on together."""
