@@ -387,12 +387,22 @@ def test_gradients_of_lora_are_those_of_the_plain_formula(kind: str) -> None:
         assert torch.allclose(one, two.double(), atol=1e-5 if two.dtype == torch.float32 else 1e-12)
 
 
-@pytest.mark.parametrize("edit", [LoRA(rank=4, dropout=0.5), Adapter(size=4, dropout=0.5)], ids=lambda e: e.kind)
+DROPPING = [
+    LoRA(rank=4, dropout=0.5),
+    LoRA(rank=4, dropout=0.5, dora=True),
+    AdaLoRA(rank=4, target_rank=2, dropout=0.5),
+    Adapter(size=4, dropout=0.5),
+]
+
+
+@pytest.mark.parametrize("edit", DROPPING, ids=lambda e: e.kind)
 def test_dropout_is_off_outside_of_training_and_on_inside(edit: Edit) -> None:
     model = adapted(Row(edit), "llama").eval()
     assert torch.equal(logits(model), logits(model))
     model.train()
     assert not torch.equal(logits(model), logits(model))
+    still = logits(model.eval())
+    assert torch.equal(logits(model.train().requires_grad_(False)), still), "frozen, under the edits of a later stage"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -47,6 +47,12 @@ def added(model: nn.Module) -> set[str]:
     return found
 
 
+def dropout_of(module: Any) -> float:
+    """The rate at which an edit's module drops: none in evaluation, or where a later stage trains other edits."""
+    trains = module.training and any(p.requires_grad for p in module.parameters(recurse=False))
+    return float(module.edit.dropout) if trains else 0.0
+
+
 def made_by(model: nn.Module, edit: Edit, kind: type[M] | tuple[type[M], ...]) -> list[tuple[str, M]]:
     """The modules of a kind that an edit put into a model, by name.
 

@@ -25,7 +25,7 @@ from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.core.spec import Decay
 from fettle.models.select import linears
-from fettle.models.surgery import beneath, made_by, replace, untie
+from fettle.models.surgery import beneath, dropout_of, made_by, replace, untie
 from fettle.models.weight import in_out, live_weight, place, read_weight, write_weight
 from fettle.peft.lora import low_rank
 
@@ -88,7 +88,7 @@ class AdaLoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        return low_rank(y, x, *self.factors(), self.scale, self.edit.dropout if self.training else 0.0)
+        return low_rank(y, x, *self.factors(), self.scale, dropout_of(self))
 
     @property
     def weight(self) -> Tensor:
@@ -106,7 +106,7 @@ class AdaLoRALinear(nn.Module):
 
     def live_weight(self) -> Tensor:
         """The weight [N, K] of the plain layer that computes the same, with the gradients of what trains."""
-        if self.training and self.edit.dropout:
+        if dropout_of(self):
             raise FettleError(
                 "adalora: dropout has no place in a weight that is rounded as a whole; set its dropout to 0"
             )

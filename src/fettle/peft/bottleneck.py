@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
 from fettle.models.blocks import Block, FeedForward, blocks, closing_norms
-from fettle.models.surgery import attach, made_by, replace
+from fettle.models.surgery import attach, dropout_of, made_by, replace
 from fettle.models.weight import place
 
 Activation = Literal["relu", "gelu", "silu", "tanh"]
@@ -72,7 +72,7 @@ class Bottleneck(nn.Module):
         """y + f(y), or y + f(x) where it stands beside the module that made y of x."""
         if not self.enabled:
             return y
-        return y + F.dropout(self(x if self.beside else y), self.edit.dropout, self.training)
+        return y + F.dropout(self(x if self.beside else y), dropout_of(self))
 
 
 class AdaptedLinear(nn.Module):

@@ -30,7 +30,7 @@ from fettle.core.families import Edit
 from fettle.models.lean import Again, again
 from fettle.models.select import adaptable, matches
 from fettle.models.still import derived
-from fettle.models.surgery import beneath, made_by, replace, untie
+from fettle.models.surgery import beneath, dropout_of, made_by, replace, untie
 from fettle.models.weight import (
     in_out,
     innermost,
@@ -152,7 +152,7 @@ class LoRALinear(nn.Module):
             a, b = self.factors()
             z = looked_up(y, x, a, b, self.scale * getattr(innermost(self.base), "embed_scale", 1.0))
         else:
-            z = low_rank(y, x, *self._acting(x.dtype), self.scale, self.edit.dropout if self.training else 0.0)
+            z = low_rank(y, x, *self._acting(x.dtype), self.scale, dropout_of(self))
         if self.magnitude is None:
             return z
         norms = derived((self, "norms"), lambda: self._norms(*self.factors()))
@@ -187,7 +187,7 @@ class LoRALinear(nn.Module):
 
     def live_weight(self) -> Tensor:
         """The same with the gradients of what trains, whatever is under it; what is under it while this is off."""
-        if self.training and self.edit.dropout:
+        if dropout_of(self):
             raise FettleError(
                 "lora: dropout has no place in a weight that is rounded as a whole; set lora's dropout to 0"
             )
