@@ -22,6 +22,7 @@ from pydantic import Field
 from fettle.core import FettleError
 from fettle.core.families import Task
 from fettle.core.spec import nearest
+from fettle.data.read import place
 from fettle.evaluate.metrics import METRICS, best, last_number
 
 KEYS = {"messages", "prompt", "answer", "choices", "metric", "family", "cluster", "id", "meta"}
@@ -85,7 +86,7 @@ class TaskFile(Evaluation):
         return best(example.metric, completion, example.answers)
 
     def shown(self, items: Sequence[Item]) -> list[list[Item]]:
-        """For each question the examples shown before it: drawn by (seed, row) from its family, never itself."""
+        """For each question the examples shown before it: drawn by (seed, line) from its family, never itself."""
         if not self.shots:
             return [[] for _ in items]
         pool = read_tasks(Path(self.demonstrations)) if self.demonstrations else read_tasks(Path(self.path))
@@ -101,7 +102,7 @@ class TaskFile(Evaluation):
             raise FettleError(
                 f"{item.where}: shots is {self.shots} but the family '{item.family}' has {len(kin)} other rows to show; lower shots"
             )
-        rng = np.random.default_rng([self.seed, *item.where.encode()])
+        rng = np.random.default_rng([self.seed, place(item.where)[1]])
         return [kin[i] for i in rng.choice(len(kin), self.shots, replace=False)]
 
 

@@ -16,6 +16,7 @@ GOOD = {"prompt": "2 + 2 =", "answer": "4"}
 
 
 def write(path: Path, *rows: object) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"\n".join(r if isinstance(r, bytes) else orjson.dumps(r) for r in rows) + b"\n")
     return path
 
@@ -102,6 +103,16 @@ def test_shown_examples(tmp_path: Path) -> None:
     assert len(few.examples()) == 4
     with pytest.raises(FettleError, match="shots is 6 but the family 'a' has 5 other rows"):
         TaskFile(path=path, shots=6).shown(items)
+
+
+def test_shown_examples_do_not_depend_on_how_the_path_is_spelt(tmp_path: Path, monkeypatch) -> None:
+    path = write(tmp_path / "t" / "a.jsonl", *[{"prompt": f"{i}", "answer": f"{i}"} for i in range(30)])
+    monkeypatch.chdir(path.parent)
+    drawn = []
+    for name in ("a.jsonl", "./a.jsonl", "../t/a.jsonl", str(path)):
+        spec = TaskFile(path=name, shots=2)
+        drawn.append([[s.prompt for s in shown] for shown in spec.shown(spec.examples())])
+    assert drawn == drawn[:1] * 4 and len({tuple(shown) for shown in drawn[0]}) > 20
 
 
 def test_specs_from_a_recipe_and_from_a_folder(tmp_path: Path) -> None:
