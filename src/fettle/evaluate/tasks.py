@@ -161,7 +161,7 @@ def to_item(row: Any, where: str) -> Item:
     prompt = row.get("prompt", "")
     if not isinstance(prompt, str) or not messages and not prompt:
         raise ValueError("'prompt' is not a text, or is empty")
-    for key in ("family", "cluster"):
+    for key in ("metric", "family", "cluster"):
         if not isinstance(row.get(key, ""), str):
             raise ValueError(f"'{key}' is not a text")
     family, cluster = row.get("family", ""), row.get("cluster", "")
@@ -210,7 +210,7 @@ def _answers(row: dict[str, Any]) -> tuple[tuple[str, ...], str]:
     for pattern in answers if metric == "regex" else ():
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"the pattern '{pattern}' is not a regular expression ({error})") from None
     if metric == "number" and any(last_number(a) is None for a in answers):
         raise ValueError("metric 'number' needs an answer with a number in it")
