@@ -13,12 +13,28 @@ from collections.abc import Callable, Sequence
 
 HAN = "\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+")
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
+WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+NUMBER = re.compile(rf"[-+]?{WHOLE}(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
+FRACTIONS = "\u00bc-\u00be\u2150-\u215e\u2189"
+MIXED = re.compile(rf"(?:({WHOLE}) ?)?([{FRACTIONS}])")
+WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-"}  # full-width ASCII, and the minus sign
+
+# What `contains` takes for the edge of a word or a number, in normalised text. Scripts without spaces between words, or with
+# particles and articles written onto them, have no edges: Han and kana, Hangul, Hebrew and Arabic, those from Thai to Khmer.
+LETTER = rf"[^\W_{HAN}\u0590-\u08ff\u0e00-\u109f\u1100-\u11ff\u1780-\u17ff\uac00-\ud7a3]"
+RAISED = re.compile(rf"(?<=\d)(?=[\u00b2\u00b3\u00b9\u2070-\u2089{FRACTIONS}])")
+JOINT = "\u2064"  # invisible plus, between a number and what NFKC would else make more digits of it
+OPEN = (
+    r"(?<!\d)(?<!\d\.)(?<!(?<![\w.])\.)"  # no digit, no decimal point
+    r"(?!(?<=\d,)\d{3}(?!\d))"  # no thousands, in lists without spaces ("1,2") they are not
+    rf"(?<!(?<![\w)])[-\u2212])(?<![\u2044{JOINT}])"  # no minus but of a subtraction, no other part of a fraction
+)
+SHUT = rf"(?!\d)(?!\.\d)(?!,\d{{3}}(?!\d))(?![\u2044{JOINT}])"
 
 
 def normal(text: str) -> str:
     """Compared text: compatibility form, case folded, white space single, no full stop at the end."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".。 ")
+    return " ".join(unicodedata.normalize("NFKC", RAISED.sub(JOINT, text)).casefold().split()).rstrip(".。 ")
 
 
 def exact(output: str, answer: str) -> float:
@@ -27,10 +43,13 @@ def exact(output: str, answer: str) -> float:
 
 
 def contains(output: str, answer: str) -> float:
-    """1 where the normalised answer stands in the output; Latin letters and digits count as whole words ('4' is not in '14')."""
+    """1 where the normalised answer stands in the output, as whole words and numbers: '4' is not in '14', '1.4', '4,000' or '-4'.
+
+    An answer in a script whose words have no edges may stand anywhere.
+    """
     wanted = normal(answer)
-    head = r"(?<![a-z0-9])" if re.match(r"[a-z0-9]", wanted) else ""
-    tail = r"(?![a-z0-9])" if re.search(r"[a-z0-9]$", wanted) else ""
+    head = (rf"(?<!{LETTER})" if re.match(LETTER, wanted) else "") + (OPEN if re.match(r"\d", wanted) else "")
+    tail = (rf"(?!{LETTER})" if re.search(rf"{LETTER}$", wanted) else "") + (SHUT if re.search(r"\d$", wanted) else "")
     return float(bool(wanted) and re.search(head + re.escape(wanted) + tail, normal(output)) is not None)
 
 
@@ -40,8 +59,11 @@ def regex(output: str, pattern: str) -> float:
 
 
 def last_number(text: str) -> float | None:
-    """The last number written in a text ('1,250.5', '-3', full-width digits too); a minus after a digit is a sign of subtraction."""
-    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+    """The last number written in a text ('1,250.5', '-3', '3½', full-width digits too).
+
+    A minus after a digit is a sign of subtraction; raised and lowered digits ('10 m²', 'CO₂') are of no number.
+    """
+    text = MIXED.sub(_decimal, text.translate(WIDE))
     found = None
     for match in NUMBER.finditer(text):
         word = match[0].replace(",", "")
@@ -49,6 +71,11 @@ def last_number(text: str) -> float | None:
             word = word[1:]
         found = float(word)
     return found
+
+
+def _decimal(mixed: re.Match[str]) -> str:
+    """A whole number with a fraction behind it ('3½'), or a fraction alone, as a decimal."""
+    return str(float((mixed[1] or "0").replace(",", "")) + unicodedata.numeric(mixed[2]))
 
 
 def number(output: str, answer: str) -> float:

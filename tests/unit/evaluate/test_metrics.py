@@ -17,6 +17,8 @@ from fettle.evaluate.metrics import best, contains, exact, last_number, longest_
         ("北京。", "北京", 1),
         ("bakers", "baker", 0),
         ("", "x", 0),
+        ("H₂O", "h2o", 1),
+        ("5²", "52", 0),
     ],
 )
 def test_exact(output: str, answer: str, same: float) -> None:
@@ -27,7 +29,12 @@ def test_exact(output: str, answer: str, same: float) -> None:
     ("output", "answer", "found"),
     [
         ("It is 14.", "4", 0), ("It is 4.", "4", 1), ("Paris, of course", "paris", 1), ("comparison", "paris", 0),
-        ("首都是北京市", "北京", 1), ("a+b", "+", 1), ("x", "", 0),
+        ("首都是北京市", "北京", 1), ("a+b", "+", 1), ("x", "", 0), ("_Paris_", "Paris", 1),
+        ("a resumé", "resum", 0), ("который", "кот", 0), ("Straßen", "straß", 0), ("서울은", "서울", 1), ("الكتاب", "كتاب", 1),
+        ("3.45", "3", 0), ("3.45", "45", 0), (".5", "5", 0), ("3.45", "3.45", 1), ("So...4.", "4", 1), ("4%, $4", "4", 1),
+        ("1,400", "1", 0), ("1,400", "400", 0), ("4, 400", "4", 1), ("1,2,3", "2", 1), ("答案是4，5不对", "4", 1), ("第4章", "4", 1),
+        ("-4", "4", 0), ("x = −4", "4", 0), ("-4", "-4", 1), ("10-4", "4", 1), ("Covid-19", "19", 1), ("١٤", "٤", 0),
+        ("10 m²", "10", 1), ("10²", "102", 0), ("3½", "3", 0), ("3½", "31", 0), ("½", "2", 0),
     ],
 )  # fmt: skip
 def test_contains(output: str, answer: str, found: float) -> None:
@@ -38,7 +45,9 @@ def test_contains(output: str, answer: str, found: float) -> None:
     ("text", "value"),
     [
         ("3 + 4 = 7", 7), ("so -3.5", -3.5), ("10-3", 3), ("1,234,567.5 coins", 1234567.5), ("１２", 12), ("−4", -4),
-        ("2e3", 2000), (".5", 0.5), ("none", None), ("room 12.", 12), ("1,2", 2),
+        ("2e3", 2000), (".5", 0.5), ("none", None), ("room 12.", 12), ("1,2", 2), ("－１，２５０．５", -1250.5),
+        ("The area is 10 m²", 10), ("10 cm³.", 10), ("10 ㎡", 10), ("5 kg CO₂", 5), ("x²-3", 3), ("m²", None),
+        ("3½", 3.5), ("-3 ½", -3.5), ("½", 0.5), ("1,000¼ or so", 1000.25), ("5 and -⅛", -0.125),
     ],
 )  # fmt: skip
 def test_last_number(text: str, value: float | None) -> None:
