@@ -68,13 +68,11 @@ def _shared(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def tree(asked: Question, name: str) -> Example:
-    """The prompt less its last token, and a child for each path: that token with weight 0, then the path."""
+    """The prompt less its last token, and a child for each path: that token, then the path."""
     *above, last = asked.prompt
     nodes = [Node(np.array(above, np.int32), np.zeros(len(above), np.float32))] if above else []
     for path, scored in zip(asked.paths, asked.scored, strict=True):
-        weights = np.zeros(len(path) + 1, np.float32)
-        weights[-scored:] = 1
-        nodes.append(Node(np.array([last, *path], np.int32), weights, parent=0 if above else -1))
+        nodes.append(_written([last, *path], scored, parent=0 if above else -1))
     return Example(tuple(nodes), name)
 
 
@@ -83,11 +81,15 @@ def pair_tree(asked: Question, name: str, source: Dress, target: Dress, start: i
     read = source.on(asked.prompt)
     nodes = [Node(np.array(read, np.int32), np.zeros(len(read), np.float32), causal=False)]
     for path, scored in zip(asked.paths, asked.scored, strict=True):
-        written = [start, *target.before, *path]
-        weights = np.zeros(len(written), np.float32)
-        weights[-scored:] = 1
-        nodes.append(Node(np.array(written, np.int32), weights, parent=0))
+        nodes.append(_written([start, *target.before, *path], scored, parent=0))
     return Example(tuple(nodes), name)
+
+
+def _written(tokens: Sequence[int], scored: int, parent: int) -> Node:
+    """A node that reads all tokens but the last, and predicts the last `scored`, each where the one before it stands."""
+    weights = np.zeros(len(tokens) - 1, np.float32)
+    weights[-scored:] = 1
+    return Node(np.array(tokens[:-1], np.int32), weights, parent, marks=np.array(tokens[1:], np.int64))
 
 
 def likelihoods(
@@ -111,13 +113,14 @@ def likelihoods(
 
 
 def require_room(forest: Forest, questions: Sequence[Question]) -> None:
-    """FettleError names a question that is longer than the model's context."""
+    """FettleError names a question that is longer than the model's context; the last token is predicted, never read."""
     bound = forest.context
     for asked in questions:
-        size = len(asked.prompt) + max(map(len, asked.paths))
-        if bound and size > bound:
+        read = len(asked.prompt) + max(map(len, asked.paths)) - 1
+        if bound and read > bound:
             raise FettleError(
-                f"{asked.where}: {size} tokens, and the model sees {bound} at most; shorten the row or show fewer shots"
+                f"{asked.where}: {read} tokens before the last, and the model sees {bound} at most; shorten the row or show "
+                "fewer shots"
             )
 
 

@@ -6,19 +6,20 @@ scores(forest, ["mine"], include=Path("my_tasks/"))   tasks of your own, as yaml
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fettle.core import FettleError
 from fettle.evaluate.likelihood import from_tokens, likelihoods
-from fettle.evaluate.perplexity import Window, window_losses, windows
 from fettle.generate.prompts import prompter
 from fettle.generate.sample import Sampling, generate
 from fettle.generate.text import cut_at
 
 try:
     from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise FettleError("lm-eval tasks need the extra: pip install 'fettle[eval]'") from error
 
@@ -70,7 +71,7 @@ class ForestLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         asked = []
         for i, (_texts, context, continuation) in enumerate(requests):
-            room = self.bound - len(continuation)
+            room = self.bound + 1 - len(continuation)  # the last token is predicted, never read
             if room < 1:
                 raise FettleError(
                     f"lm-eval: a continuation has {len(continuation)} tokens, the model sees {self.bound} at most"
@@ -79,13 +80,14 @@ class ForestLM(TemplateLM):  # type: ignore[misc]
         return [found[0] for found in likelihoods(self.forest, asked, top=True)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows that see as much as the model can."""
-        found = []
+        """Log-likelihood of whole texts, in the harness's own windows."""
+        texts = []
         for request in requests:
-            tokens = [self.prefix_token_id, *self.prompter.encoder.ids(request.args[0])]
-            rows: list[Window] = windows(tokens, self.bound, self.bound - 1)
-            found.append(-sum(window_losses(self.forest, rows)) if rows else 0.0)
-        return found
+            tokens = self.prompter.encoder.ids(request.args[0])
+            pairs = get_rolling_token_windows(tokens, self.prefix_token_id, self.bound, context_len=1)
+            texts.append([(None, *make_disjoint_window(pair)) for pair in pairs])
+        found = iter(self._loglikelihood_tokens([window for windows in texts for window in windows]))
+        return [math.fsum(next(found)[0] for _ in windows) for windows in texts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers up to the first of the stop texts; a prompt that leaves no room loses its beginning, as in the harness."""
@@ -94,7 +96,12 @@ class ForestLM(TemplateLM):  # type: ignore[misc]
         for i, request in enumerate(requests):
             groups.setdefault(self._sampling(request.args[1]), []).append(i)
         for sampling, index in groups.items():
-            room = max(1, self.bound - sampling.max_tokens)
+            room = self.bound - sampling.max_tokens
+            if room < 1:
+                raise FettleError(
+                    f"lm-eval: max_gen_toks {sampling.max_tokens} leaves no room for a prompt, the model sees {self.bound} tokens "
+                    "at most; lower max_gen_toks in the task's generation_kwargs"
+                )
             prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in index]
             for i, done in zip(index, generate(self.forest, prompts, sampling, seeds=index), strict=True):
                 answers[i] = cut_at(done.text, sampling.stop)

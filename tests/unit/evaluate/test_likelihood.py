@@ -75,8 +75,15 @@ def test_questions_that_cannot_be_scored(forest: Forest) -> None:
         from_tokens([([], [1])], "f:9")
     with pytest.raises(FettleError, match="f:9: a choice has no tokens"):
         from_tokens([([1], [])], "f:9")
-    with pytest.raises(FettleError, match="f:9: 513 tokens, and the model sees 512"):
-        likelihoods(forest, [from_tokens([([5] * 512, [5])], "f:9")])
+    with pytest.raises(FettleError, match="f:9: 513 tokens before the last, and the model sees 512"):
+        likelihoods(forest, [from_tokens([([5] * 513, [5])], "f:9")])
+
+
+def test_the_last_token_is_not_read(forest: Forest) -> None:
+    """So that it fits behind a full context."""
+    pairs = [([5] * 512, [6]), ([5] * 511, [6, 7])]
+    (found,) = likelihoods(forest, [from_tokens(pairs, "f:9")])
+    assert [logp for logp, _ in found] == [pytest.approx(naive(forest, *pair)[0], abs=1e-9) for pair in pairs]
 
 
 @pytest.mark.parametrize(
