@@ -13,7 +13,7 @@ from fettle.core import FettleError
 from fettle.core.files import make_folder, read_json, sha256, write_json
 from fettle.data.read import place
 from fettle.evaluate.interval import CHANGES, SCORES, Score, mean_interval
-from fettle.evaluate.tasks import Evaluation, Item
+from fettle.evaluate.tasks import Evaluation, Item, names_of
 
 RESULTS = "results.json"
 PICTURE = "results.png"
@@ -172,25 +172,55 @@ def compare(a: Results | Path, b: Results | Path, seed: int = 0) -> list[Differe
     FettleError where they share none, or where a file is not the same one in both.
     """
     a, b = (r if isinstance(r, Results) else Results.read(r) for r in (a, b))
-    others = {r.name: r for r in b.results if r.rows}
-    pairs = [(r, others[r.name]) for r in a.results if r.rows and r.name in others]
+    before, after = ([r for r in results.results if r.rows] for results in (a, b))
+    pairs = paired(before, after)
     if not pairs:
         raise FettleError(
             f"nothing to compare: the first has {', '.join(r.name for r in a.results)}, the second {', '.join(r.name for r in b.results)}"
         )
-    return [_difference(x, y, seed) for x, y in pairs]
+    return [_difference(before[i], after[j], seed) for i, j in pairs]
+
+
+def paired(a: Sequence[Result], b: Sequence[Result]) -> list[tuple[int, int]]:
+    """Places in a and b of what goes together, in the order of a.
+
+    Those of one file with the same settings, then of what is left those of one file, then those of files of one name; where
+    there are several, in their order.
+    """
+    found: dict[int, int] = {}
+    for same in (_measure, _file, _file_name):
+        for i, result in enumerate(a):
+            free = (j for j, other in enumerate(b) if j not in found.values() and same(other) == same(result))
+            if i not in found and (j := next(free, None)) is not None:
+                found[i] = j
+    return sorted(found.items())
+
+
+def _measure(result: Result) -> Any:
+    return result.sha256, {**result.settings, "path": ""}
+
+
+def _file(result: Result) -> Any:
+    return result.sha256
+
+
+def _file_name(result: Result) -> Any:
+    return Path(result.settings.get("path", result.name)).name
 
 
 def require_shared(a: Results, specs: Sequence[Evaluation]) -> None:
     """FettleError where results have nothing in common with evaluations that are still to be made, or files have changed."""
-    names = {Path(spec.path).name: Path(spec.path) for spec in specs}
-    shared = [r for r in a.results if r.rows and r.name in names]
-    if not shared:
+    names = names_of(specs)
+    earlier = [r for r in a.results if r.rows]
+    settings = [spec.model_dump(mode="json") for spec in specs]
+    later = [Result(n, s["kind"], sha256(Path(s["path"])), s, {}) for n, s in zip(names, settings, strict=True)]
+    pairs = paired(earlier, later)
+    if not pairs:
         raise FettleError(
             f"nothing to compare: the earlier results have {', '.join(r.name for r in a.results) or 'none'}, asked for are {', '.join(names)}"
         )
-    for result in shared:
-        _require_same(result.name, result.sha256, sha256(names[result.name]))
+    for i, j in pairs:
+        _require_same(earlier[i].name, earlier[i].sha256, later[j].sha256)
 
 
 def _require_same(name: str, a: str, b: str) -> None:
@@ -261,16 +291,20 @@ def draw(models: dict[str, Results], file: Path, titles: Mapping[str, str] | Non
     """
     from fettle.evaluate.picture import Group, bars
 
-    found: dict[tuple[str, str], dict[str, Score]] = {}  # by evaluation, and group in it; '' for the total
+    found: list[tuple[Result, dict[str, dict[str, Score]]]] = []  # of an evaluation by group, '' for the total
     for model, results in models.items():
-        for result in results.results:
-            if result.kind == "task":
-                for label, score in {"": result.main[1], **(result.clusters or result.families)}.items():
-                    found.setdefault((result.name, label), {})[model] = score
-    order = list(dict.fromkeys(name for name, _ in found))
+        tasks = [result for result in results.results if result.kind == "task"]
+        places = {j: i for i, j in paired([first for first, _ in found], tasks)}
+        for j, result in enumerate(tasks):
+            if j not in places:
+                found.append((result, {}))
+            groups = found[places.get(j, -1)][1]
+            for label, score in {"": result.main[1], **(result.clusters or result.families)}.items():
+                groups.setdefault(label, {})[model] = score
     if found:
-        groups = [
-            Group(label or (titles or {}).get(name, name), scores, total=not label)
-            for (name, label), scores in sorted(found.items(), key=lambda item: order.index(item[0][0]))
+        shown = [
+            Group(label or (titles or {}).get(first.name, first.name), scores, total=not label)
+            for first, groups in found
+            for label, scores in groups.items()
         ]
-        bars(groups, list(models), file)
+        bars(shown, list(models), file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from fettle.evaluate.likelihood import Question, from_tokens, likelihoods, quest
 from fettle.evaluate.perplexity import Perplexity, perplexity, windows_of
 from fettle.evaluate.preference import Preferences, holds_preferences, preferences_of, score_preferences
 from fettle.evaluate.results import RESULTS, Result, Results, Row
-from fettle.evaluate.tasks import Evaluation, Item, TaskFile
+from fettle.evaluate.tasks import Evaluation, Item, TaskFile, names_of
 from fettle.generate.prompts import Prompter, prompter
 from fettle.generate.sample import Sampling, generate
 
@@ -48,14 +48,14 @@ def evaluate(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     found = []
     with Progress(*columns, transient=True) if progress else nullcontext() as shown:
-        for spec in specs:
-            task = shown.add_task(Path(spec.path).name, total=None) if shown else None
+        for name, spec in zip(names_of(specs), specs, strict=True):
+            task = shown.add_task(name, total=None) if shown else None
 
             def advance(n: int, total: int | None = None, task: Any = task) -> None:
                 if shown:
                     shown.update(task, advance=n, total=total)
 
-            found.append(_one(forest, spec, advance))
+            found.append(replace(_one(forest, spec, advance), name=name))
     results = Results({**about, **(model or {})}, tuple(found))
     if folder is not None:
         results.write(folder)

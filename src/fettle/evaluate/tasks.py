@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,25 @@ class Evaluation(Task):
     seed: int = Field(
         0, ge=0, description="picks demonstrations, the rows of a limit, sampling, and the intervals' resamples"
     )
+
+
+def names_of(specs: Sequence[Evaluation]) -> list[str]:
+    """What to call each of several evaluations: as much of the end of its path as no other path ends in, and where several
+    are of one path, the settings in which these differ."""
+    paths = [Path(os.path.abspath(spec.path)) for spec in specs]
+    names = []
+    for spec, path in zip(specs, paths, strict=True):
+        others = [other.parts for other in paths if other != path]
+        ends = (path.parts[-n:] for n in range(1, len(path.parts) + 1))
+        end = next(end for end in ends if not any(other[-len(end) :] == end for other in others))
+        alike = [one.model_dump(exclude={"path"}) for one, other in zip(specs, paths, strict=True) if other == path]
+        names.append(", ".join([str(Path(*end)), *_differing(spec.model_dump(exclude={"path"}), alike)]))
+    return names
+
+
+def _differing(settings: dict[str, Any], others: Sequence[dict[str, Any]]) -> list[str]:
+    """The settings that are not the same in all others that have them."""
+    return [f"{key} {value}" for key, value in settings.items() if any(o.get(key, value) != value for o in others)]
 
 
 class TaskFile(Evaluation):

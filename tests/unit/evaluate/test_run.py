@@ -12,8 +12,9 @@ from rich.console import Console
 from fettle.core import FettleError
 from fettle.evaluate import Perplexity, Results, TaskFile, compare, evaluate, picture
 from fettle.evaluate.interval import mean_interval
-from fettle.evaluate.results import Result, Row, difference_table, draw
+from fettle.evaluate.results import Result, Row, difference_table, draw, require_shared
 from fettle.evaluate.run import prompt_text
+from fettle.evaluate.tasks import names_of
 from fettle.generate import Sampling, generate, prompter
 from fettle.models.forest import Forest
 from fettle.models.load import load
@@ -126,11 +127,15 @@ def test_a_prompt_over_the_context_is_named(forest: Forest, tmp_path: Path) -> N
         evaluate(forest, [TaskFile(path=path)], progress=False)
 
 
-def made(scores: list[float], sha: str = "x", **settings: object) -> Results:
+def of(path: str, **settings: object) -> dict:
+    return {"path": path, "seed": 0, **settings}
+
+
+def made(scores: list[float], sha: str = "x", path: str = "t.jsonl", **settings: object) -> Results:
     rows = [
         Row(f"t.jsonl:{i}", "even" if i % 2 == 0 else "odd", "", "exact", s, "", "") for i, s in enumerate(scores, 1)
     ]
-    result = Result.of_rows("t.jsonl", sha, {"seed": 0, **settings}, rows, {"template_hash": "h"})
+    result = Result.of_rows(path, sha, of(path, **settings), rows, {"template_hash": "h"})
     return Results({"path": "m"}, (result,))
 
 
@@ -158,12 +163,88 @@ def test_compare_refuses_what_is_not_comparable(tmp_path: Path) -> None:
         compare(tmp_path, made([1.0]))
 
 
+A, B, C = ("a" * 64, "b" * 64, "c" * 64)
+
+
+def result(sha: str, score: float, path: str = "x/t.jsonl", **settings: object) -> Result:
+    return made([score] * 8, sha, path, **settings).results[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "pairs"),
+    [
+        ([result(A, 0.1), result(A, 0.2, shots=2)], [result(A, 0.1), result(A, 0.2, shots=2)], [(0.1, 0.1), (0.2, 0.2)]),
+        ([result(A, 0.1), result(A, 0.2, shots=2)], [result(A, 0.2, shots=2), result(A, 0.1)], [(0.1, 0.1), (0.2, 0.2)]),
+        ([result(A, 0.1), result(B, 0.2, "y/t.jsonl")], [result(B, 0.2, "t.jsonl"), result(A, 0.1, "../x/t.jsonl")], [(0.1, 0.1), (0.2, 0.2)]),
+        ([result(A, 0.1), result(A, 0.2)], [result(A, 0.3), result(A, 0.4)], [(0.1, 0.3), (0.2, 0.4)]),
+        ([result(A, 0.1), result(A, 0.2, shots=2)], [result(A, 0.3, shots=3), result(A, 0.4, shots=2)], [(0.1, 0.3), (0.2, 0.4)]),
+        ([result(A, 0.1, "other.jsonl")], [result(B, 0.2), result(A, 0.3)], [(0.1, 0.3)]),
+        ([result(A, 0.1)], [result(B, 0.2, "y/t.jsonl"), result(A, 0.3, "other.jsonl", shots=2)], [(0.1, 0.3)]),
+    ],
+)  # fmt: skip
+def test_what_is_compared_is_the_same_file_with_the_same_settings(before: list, after: list, pairs: list) -> None:
+    found = compare(Results({}, tuple(before)), Results({}, tuple(after)))
+    assert [(d.total.a, d.total.b) for d in found] == [pytest.approx(pair) for pair in pairs]
+
+
+def test_a_picture_sets_beside_each_other_what_is_compared(tmp_path: Path, monkeypatch) -> None:
+    before = Results({}, (result(A, 0.1), result(A, 0.2, shots=2)))
+    after = Results({}, (result(A, 0.3, shots=2), result(A, 0.4), result(C, 0.5, "z.jsonl")))
+    drawn: list[picture.Group] = []
+    monkeypatch.setattr(picture, "bars", lambda groups, models, file: drawn.extend(g for g in groups if g.total))
+    draw({"before": before, "after": after}, tmp_path / "p.png")
+    means = [{model: round(score.mean, 3) for model, score in group.scores.items()} for group in drawn]
+    assert means == [{"before": 0.1, "after": 0.4}, {"before": 0.2, "after": 0.3}, {"after": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["t/a.jsonl", "b.jsonl"], ["a.jsonl", "b.jsonl"]),
+        (["x/a.jsonl", "y/a.jsonl", "y/b.jsonl"], ["x/a.jsonl", "y/a.jsonl", "b.jsonl"]),
+        (["1/x/a.jsonl", "2/x/a.jsonl", "a.jsonl"], ["1/x/a.jsonl", "2/x/a.jsonl", "t/a.jsonl"]),
+        (["a.jsonl", "./a.jsonl", "../t/a.jsonl"], ["a.jsonl"] * 3),
+    ],
+)
+def test_a_name_is_as_much_of_the_path_as_tells_it_from_others(tmp_path: Path, monkeypatch, paths: list, names: list) -> None:  # fmt: skip
+    (tmp_path / "t").mkdir()
+    monkeypatch.chdir(tmp_path / "t")
+    assert names_of([TaskFile(path=path) for path in paths]) == names
+
+
+def test_a_name_has_the_settings_that_differ() -> None:
+    specs = [TaskFile(path="a.jsonl"), TaskFile(path="./a.jsonl", shots=2), TaskFile(path="b.jsonl", shots=3)]
+    assert names_of(specs) == ["a.jsonl, shots 0", "a.jsonl, shots 2", "b.jsonl"]
+    texts = [Perplexity(path="a.jsonl", context=8), Perplexity(path="a.jsonl"), TaskFile(path="a.jsonl")]
+    assert names_of(texts) == ["a.jsonl, kind perplexity, context 8", "a.jsonl, kind perplexity, context None", "a.jsonl, kind task"]  # fmt: skip
+
+
+def test_two_files_of_one_name_are_told_apart_and_compared_with_themselves(forest: Forest, tmp_path: Path) -> None:
+    for folder in "xy":
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "t.jsonl", [{"prompt": f"{folder}{i}", "choices": ["a", "b"], "answer": 0} for i in range(4)])  # fmt: skip
+    specs = [TaskFile(path=str(tmp_path / folder / "t.jsonl")) for folder in "xy"]
+    results = evaluate(forest, specs, progress=False)
+    assert [row["evaluation"] for row in results.summary()] == ["x/t.jsonl", "y/t.jsonl"]
+    require_shared(results, specs)
+    assert [(d.name, d.total.change.mean, d.notes) for d in compare(results, results)] == [
+        ("x/t.jsonl", 0, ()), ("y/t.jsonl", 0, ()),
+    ]  # fmt: skip
+    (only,) = compare(results, evaluate(forest, specs[1:], progress=False))
+    assert only.name == "y/t.jsonl"
+    write(tmp_path / "y" / "t.jsonl", [{"prompt": "changed", "choices": ["a", "b"], "answer": 0}])
+    with pytest.raises(FettleError, match="y/t.jsonl: the two were run on different files"):
+        require_shared(results, specs)
+    with pytest.raises(FettleError, match="asked for are other.jsonl"):
+        require_shared(results, [TaskFile(path=write(tmp_path / "other.jsonl", [{"prompt": "a", "answer": "b"}]))])
+
+
 def grouped(right: float) -> Results:
     """Two files that share a cluster's name; four families in two clusters each."""
     found = []
     for name in ("a.jsonl", "b.jsonl"):
         rows = [Row(f"{name}:{i}", f"family {i % 4}", f"cluster {i % 2}", "exact", right, "", "") for i in range(1, 41)]
-        found.append(Result.of_rows(name, "x", {"seed": 0}, rows, {}))
+        found.append(Result.of_rows(name, name, of(name), rows, {}))
     return Results({"path": "m"}, tuple(found))
 
 
@@ -205,7 +286,7 @@ def test_rows_of_one_line_are_compared_each_with_itself() -> None:
     def results(scores: list[float]) -> Results:
         places = ["a.json:1", "a.json:1:20", "a.json:1:40"]
         rows = [Row(at, "", "", "accuracy", score, "", "") for at, score in zip(places, scores, strict=True)]
-        return Results({}, (Result.of_rows("a.json", "0", {}, rows, {}),))
+        return Results({}, (Result.of_rows("a.json", "0", of("a.json"), rows, {}),))
 
     (found,) = compare(results([0.0, 1.0, 0.0]), results([1.0, 1.0, 0.0]))
     assert found.total.change.n == 3 and found.total.change.mean == pytest.approx(1 / 3)
