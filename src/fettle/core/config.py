@@ -108,7 +108,11 @@ def _lines(node: Node | None, where: Where) -> Any:
 
 
 def _keys(words: Sequence[str]) -> Where:
-    return tuple(int(word) if word.isdigit() else word for word in words)
+    return tuple(int(word) if _is_index(word) else word for word in words)
+
+
+def _is_index(word: str) -> bool:
+    return word.isascii() and word.isdecimal()
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def _assign(data: Any, path: list[str], value: Any, whole: _Assignment) -> Any:
         return value
     head, *rest = path
     if isinstance(data, list):
-        if not head.isdigit() or int(head) >= len(data):
+        if not _is_index(head) or int(head) >= len(data):
             raise FettleError(f"override '{whole.text}': '{head}' is not an index into a list of {len(data)}")
         return [_assign(v, rest, value, whole) if i == int(head) else v for i, v in enumerate(data)]
     if isinstance(data, str):  # where a string stands for a mapping, as in model: fettle/tiny, it becomes that

@@ -90,7 +90,7 @@ def label_number(label: Any, names: Sequence[str]) -> int | str:
     if isinstance(label, str) and label in names:
         return names.index(label)
     if isinstance(label, str):
-        if not label.strip().isdigit():
+        if not label.strip().isdecimal():
             return f"unknown label '{label[:40]}': {nearest(label, names)}"
         label = int(label)
     if isinstance(label, float) and label.is_integer():

@@ -114,9 +114,13 @@ def test_overrides() -> None:
         "d": {"e": ["x", "y"]},
     }
     assert data == {"a": {"b": [1, {"c": 2}]}}, "the document itself is left alone"
-    for bad, word in (("a.b.7=1", "index"), ("a.b.0.c=1", "plain value"), ("novalue", "key=value"), ("a=[1", "YAML")):
+    for bad, word in (
+        ("a.b.7=1", "index"), ("a.b.²=1", "'²' is not an index"), ("a.b.-1=1", "index"), ("a.b.0.c=1", "plain value"),
+        ("novalue", "key=value"), ("a=[1", "YAML"),
+    ):  # fmt: skip
         with pytest.raises(FettleError, match=word):
             document.override(Any, [bad])
+    assert document.override(Any, ["d.²=1"]).data == {**data, "d": {"²": 1}}
 
 
 def test_a_string_opens_where_the_spec_takes_one(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_texts_and_pairs_of_texts_are_dressed_as_the_tokenizer_does(tmp_path: Pa
     ("label", "form", "said"),
     [
         ("postive", Labelled(NAMES), "unknown label 'postive': did you mean 'positive'?"),
+        ("²", Labelled(NAMES), "unknown label '²'"),
         (2, Labelled(NAMES), "label 2, and there are 2 labels (0 to 1: negative, positive)"),
         (["positive"], Labelled(NAMES), "say model.multi: true"),
         (0.5, Labelled(NAMES), "a label must be a name or a number, found 0.5"),
