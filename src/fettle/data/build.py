@@ -29,7 +29,7 @@ from fettle.data.spec import DataSpec
 from fettle.data.store import ASIDE, Store, Writer, cached, open_store
 from fettle.data.template import Encoder
 
-VERSION = 4  # raised whenever the same data would be encoded otherwise
+VERSION = 5  # raised whenever the same data would be encoded otherwise
 LOOK = 32  # rows that tell a format
 CHUNK, CHUNK_CHARACTERS = 1024, 4 << 20
 SHOWN = 10  # bad rows named in full

@@ -85,6 +85,8 @@ class Preference:
     def _tree(self, sample: Sample, made: Sequence[list[Encoded] | str]) -> list[Encoded] | str:
         if self.compared and len(made) == 1:
             return "it judges one answer, and the objective compares answers"
+        if not sample.weight:
+            return "its weight is 0, so nothing would be learned"
         paths: list[Encoded] = []
         for found in made:
             if isinstance(found, str):

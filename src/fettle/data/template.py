@@ -49,12 +49,9 @@ class Encoded:
 
     @property
     def learned(self) -> int:
-        """How many targets it has: tokens, or spans with a label."""
-        return (
-            len(self.spans)
-            if self.labels and not self.answers
-            else sum(stop - max(start, 1) for start, stop, _ in self.spans)
-        )
+        """How many targets of a weight over 0 it has: tokens, or spans with a label."""
+        spans = [(start, stop) for start, stop, weight in self.spans if weight > 0]
+        return len(spans) if self.labels and not self.answers else sum(stop - max(start, 1) for start, stop in spans)
 
     @property
     def node(self) -> Node:
@@ -292,7 +289,7 @@ class Encoder:
             texts, self.fast.encode_batch_fast([t.text for t in texts], add_special_tokens=False), strict=True
         ):
             tokens = np.array(self.prefix + encoding.ids + end, dtype=np.int32)
-            out[item.sample] = [Encoded(tokens, ((1, len(tokens), samples[item.sample].weight),))]
+            out[item.sample] = [Encoded(tokens, _kept([(1, len(tokens), samples[item.sample].weight)]))]
 
     def _masked(self, texts: list[_Text], samples: Sequence[Sample], out: list[list[Encoded] | str]) -> None:
         """Texts with learned characters: a token is learned where it holds one of them."""
@@ -311,7 +308,12 @@ class Encoder:
                 spans[-1] = (spans[-1][0], len(tokens), spans[-1][2])
             found = out[item.sample]
             assert isinstance(found, list)
-            found.append(Encoded(tokens, tuple(s for s in spans if s[0] < s[1] and s[2] > 0), item.name))
+            found.append(Encoded(tokens, _kept(spans), item.name))
+
+
+def _kept(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """The spans of which anything is learned."""
+    return tuple((start, stop, weight) for start, stop, weight in spans if start < stop and weight > 0)
 
 
 def token_span(offsets: np.ndarray, span: Span, shift: int = 0) -> Span:

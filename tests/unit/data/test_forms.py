@@ -14,6 +14,7 @@ from fettle.data.forms import last_special
 from fettle.data.labelled import Labelled
 from fettle.data.names import label_names
 from fettle.data.pairs import Pairs
+from fettle.data.preference import Preference
 from fettle.data.tagged import Tagged
 from fettle.data.template import Encoder
 from fettle.models.encdec import JOIN
@@ -169,6 +170,30 @@ def test_rows_of_another_kind_are_refused(
 ) -> None:
     with pytest.raises(FettleError, match=said):
         corpus(tmp_path, values, form, unigram(), **spec)
+
+
+TALK = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "one two"}]
+
+
+@pytest.mark.parametrize(("row", "form"), [
+    ({"text": "one two"}, None),
+    ({"prompt": "count", "completion": "one two"}, None),
+    ({"messages": TALK}, None),
+    ({"prompt": "count", "completion": "one two"}, Pairs.of(wordpiece(), None)),
+    ({"messages": TALK}, Pairs.of(wordpiece(), None)),
+    ({"text": "one two", "label": 1}, Labelled(NAMES)),
+    ({"tokens": ["one", "two"], "tags": [1, 0]}, Tagged(NAMES)),
+    ({"prompt": "count", "chosen": "one two", "rejected": "two"}, Preference()),
+    ({"prompt": "count", "completion": "one two", "label": True}, Preference(compared=False)),
+])  # fmt: skip
+def test_a_row_of_weight_0_teaches_nothing(row: dict[str, Any], form: Any, tmp_path: Path) -> None:
+    words = wordpiece()
+    words.chat_template = JOIN
+    values = [row | {"weight": weight} for weight in (0, 0.5, 0)]
+    (counts,) = corpus(tmp_path, values, form, words, max_bad=0.7).counts
+    assert (counts.read, counts.kept, counts.set_aside) == (3, 1, 2) and counts.learned > 0
+    with pytest.raises(FettleError, match="none of its 1 rows can be used|1 of 1 rows cannot be used"):
+        corpus(tmp_path, values[:1], form, words)
 
 
 def test_a_template_gives_text_and_label(tmp_path: Path) -> None:

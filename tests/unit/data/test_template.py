@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fettle.core import FettleError
 from fettle.data import BadRow, Encoder, Sample, chat_template, encode, to_sample
+from fettle.data.template import Encoded
 from unit.data.makers import CHATML, MODELS, QWEN2, WORDS_ONLY, model_of, tokenizer_of
 
 TALK = [
@@ -170,6 +171,9 @@ def test_weights(name: str) -> None:
     turns[1]["weight"] = 0
     (example,) = encode(to_sample({"messages": turns, "weight": 0.5}, "messages"), tokenizer)
     assert [w for *_, w in example.spans] == [0.5] and learned(tokenizer, example)[0].startswith("What is the")
+    (text,) = encode(to_sample({"text": "bread", "weight": 0}, "text"), tokenizer)
+    assert text.spans == () and text.learned == 0
+    assert Encoded(text.tokens, ((1, 3, 0.0), (3, 4, 0.5))).learned == 1
     turns[3]["weight"] = 0
     with pytest.raises(BadRow, match="weight 0"):
         to_sample({"messages": turns}, "messages")
