@@ -82,7 +82,10 @@ class Worker:
             self.close()
             script = Path(__file__).with_name("worker.py")
             command = [sys.executable, "-I", "-X", "utf8", str(script)]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            # a session of its own, so that a Ctrl-C in the terminal is this process's alone to answer
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+            )
             try:
                 _Frames(self._process).next()  # it says so when it is ready
             except (EOFError, TimeoutError) as error:

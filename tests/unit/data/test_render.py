@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -154,6 +155,32 @@ def test_a_forked_child_has_a_worker_of_its_own() -> None:
         os._exit(0 if kept.process_id is None and kept.render([Job("{{ x }}", {"x": 2})])[0].text == "2" else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert (kept.render([Job("{{ x }}", {"x": 1})])[0].text, kept.process_id) == before
+
+
+INTERRUPTED = """
+import os, signal, threading, time
+from fettle.data.render import Job, Worker
+told = []
+signal.signal(signal.SIGINT, lambda *_: told.append(1))
+worker = Worker()
+slow = "{% for i in range(2000) %}{% for j in range(500) %}{% endfor %}{% endfor %}done"
+for moment in (0.02, 0.05):  # while it starts, and while it renders
+    threading.Timer(moment, os.killpg, (0, signal.SIGINT)).start()
+    before = worker.process_id
+    found = worker.render([Job(slow, {})])[0]
+    while not told:
+        time.sleep(0.01)
+    told.clear()
+    print(found.text or found.error, worker.process_id == (before or worker.process_id))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="a system without process groups")
+def test_a_signal_of_the_terminal_does_not_reach_the_worker() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False, start_new_session=True
+    )
+    assert (done.stdout, done.stderr) == ("done True\ndone True\n", "")
 
 
 def test_a_process_that_does_not_start_or_stops_reading_is_not_waited_for(
