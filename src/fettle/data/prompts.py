@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fettle.core.errors import FettleError
 from fettle.data.formats import detect, to_sample
-from fettle.data.mix import epoch_order, shares
+from fettle.data.mix import Mixture
 from fettle.data.parse import BadRow
 from fettle.data.read import Row
 from fettle.data.render import Job, worker
@@ -64,9 +64,8 @@ class Prompts:
     """An endless sequence of prompts over one or more sources."""
 
     def __init__(self, sources: Sequence[Sequence[Prompt]], specs: Sequence[DataSpec], seed: int) -> None:
-        self.sources, self.seed, self.specs = sources, seed, specs
-        self.sizes = [len(source) for source in sources]
-        self.shares = shares(specs, self.sizes)
+        self.sources = sources
+        self.mixture = Mixture(specs, [len(source) for source in sources], seed)
         self.notes: list[str] = []
         self.counts: list[PromptCounts] = []
         self._orders: dict[int, np.ndarray] = {}
@@ -74,7 +73,7 @@ class Prompts:
     @property
     def per_epoch(self) -> int:
         """Prompts of an epoch."""
-        return sum(self.shares)
+        return self.mixture.per_epoch
 
     def at(self, place: int) -> Prompt:
         """The prompt at a place, from 0, of the endless sequence of epochs."""
@@ -82,7 +81,7 @@ class Prompts:
         if epoch not in self._orders:
             while len(self._orders) > 1:
                 self._orders.pop(next(iter(self._orders)))
-            self._orders[epoch] = epoch_order(self.sizes, self.shares, self.seed, epoch)
+            self._orders[epoch] = self.mixture.order(epoch)
         source, index = self._orders[epoch][within]
         return self.sources[int(source)][int(index)]
 
@@ -126,10 +125,10 @@ def read_prompts(
         notes += reader.notes
         counts.append(reader.counts())
     prompts = Prompts(found, specs, seed)
-    prompts.notes = notes
+    prompts.notes = notes + prompts.mixture.notes
     prompts.counts = [
-        PromptCounts(**c, per_epoch=share) for c, share in zip(counts, prompts.shares, strict=True)
-    ]  # fmt: skip
+        PromptCounts(**c, per_epoch=count) for c, count in zip(counts, prompts.mixture.counts(0).tolist(), strict=True)
+    ]
     return prompts
 
 

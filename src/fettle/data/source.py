@@ -21,7 +21,7 @@ from fettle.core.errors import FettleError
 from fettle.core.files import make_folder, write_bytes
 from fettle.data.build import encoded
 from fettle.data.forms import Form
-from fettle.data.mix import ROWS, epoch_order, shares
+from fettle.data.mix import ROWS, Mixture
 from fettle.data.packing import Plan, plan
 from fettle.data.preference import Preference
 from fettle.data.spec import DataSpec
@@ -49,7 +49,7 @@ class Counts:
     examples: int  # after texts were cut into windows
     tokens: int
     learned: int
-    per_epoch: int  # examples an epoch takes
+    per_epoch: int  # examples of the first epoch; others differ by one where the share is no whole number
     share: float  # of an epoch's tokens
     compared: str = ""  # of preferences: how many pairs, or answers
 
@@ -74,8 +74,7 @@ class Corpus:
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad: int = next(i for i in ids if i is not None)  # never a target, whatever it is
         sizes = [len(s.units) for s in self.sources]
-        self.shares = shares([s.spec for s in self.sources], sizes)
-        self._sizes = sizes
+        self.mixture = Mixture([s.spec for s in self.sources], sizes, seed)
         self._bases = np.cumsum([0, *sizes])
         self._lengths = np.concatenate([s.units.lengths for s in self.sources])
         self.beside: Beside | None = (
@@ -90,6 +89,7 @@ class Corpus:
             f"(long: {s.spec.long}); they are listed in {s.over}"
             for c, s in zip(self.counts, self.sources, strict=True) if c.too_long
         ]  # fmt: skip
+        self.notes += self.mixture.notes
         self.notes += [
             f"{c.source}: {c.cut} examples were cut to {s.limit}"
             for c, s in zip(self.counts, self.sources, strict=True) if c.cut
@@ -102,10 +102,11 @@ class Corpus:
 
     def _counted(self) -> tuple[Counts, ...]:
         mean = [s.units.lengths.mean() if len(s.units) else 0.0 for s in self.sources]
-        taken = [m * n for m, n in zip(mean, self.shares, strict=True)]
+        counts = self.mixture.counts(0).tolist()
+        taken = [m * n for m, n in zip(mean, counts, strict=True)]
         return tuple(
             _counts(s, n, float(t / max(sum(taken), 1e-9)), self.encoder.form)
-            for s, n, t in zip(self.sources, self.shares, taken, strict=True)
+            for s, n, t in zip(self.sources, counts, taken, strict=True)
         )
 
     @property
@@ -194,7 +195,7 @@ class Corpus:
         return table
 
     def _order(self, epoch: int) -> np.ndarray:
-        pairs = epoch_order(self._sizes, self.shares, self.seed, epoch)
+        pairs = self.mixture.order(epoch)
         return self._bases[pairs[:, 0]] + pairs[:, 1]
 
     def _plan(self, epoch: int) -> Plan:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fettle.core import FettleError
 from fettle.data import DataSpec
-from fettle.data.mix import epoch_order, shares
+from fettle.data.mix import Mixture
 from fettle.data.packing import plan, shuffled
 
 
@@ -60,36 +60,57 @@ def spec(**keys) -> DataSpec:
 
 
 def test_shares() -> None:
-    assert shares([spec(), spec()], [30, 999]) == [30, 999]
-    assert shares([spec(cap=100), spec(cap=100)], [30, 999]) == [30, 100]
-    assert shares([spec(weight=1.0), spec(weight=9.0)], [30, 970]) == [100, 900]
-    assert sum(shares([spec(weight=1.0)] * 3, [10, 10, 12])) == 32
+    def counts(specs: list[DataSpec], sizes: list[int]) -> list[int]:
+        return Mixture(specs, sizes, 0).counts(0).tolist()
+
+    assert counts([spec(), spec()], [30, 999]) == [30, 999]
+    assert counts([spec(cap=100), spec(cap=100)], [30, 999]) == [30, 100]
+    assert counts([spec(weight=1.0), spec(weight=9.0)], [30, 970]) == [100, 900]
+    assert counts([spec(weight=1.0)] * 3, [10, 10, 12]) == [11, 11, 10]
     with pytest.raises(FettleError, match="give every source a weight"):
-        shares([spec(weight=1.0), spec()], [1, 2])
+        counts([spec(weight=1.0), spec()], [1, 2])
 
 
 def test_examples_proportional_is_the_rule_of_flan() -> None:
     sizes, cap = [50, 500, 50_000], 3000
-    counts = np.array(shares([spec(cap=cap)] * 3, sizes))
+    counts = Mixture([spec(cap=cap)] * 3, sizes, 0).counts(0)
     limited = np.minimum(sizes, cap)
     assert np.allclose(counts / counts.sum(), limited / limited.sum())
 
 
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 60)), min_size=1, max_size=4), st.integers(0, 3))
-def test_over_epochs_every_example_is_used_equally_often(sources: list[tuple[int, int]], seed: int) -> None:
-    sizes, counts = [list(x) for x in zip(*sources, strict=True)]
+WEIGHTED = st.tuples(st.integers(1, 40), st.floats(0.001, 1.0))
+
+
+@given(st.lists(WEIGHTED, min_size=1, max_size=3), st.integers(0, 3))
+def test_over_epochs_every_example_is_used_equally_often(sources: list[tuple[int, float]], seed: int) -> None:
+    sizes, weights = zip(*sources, strict=True)
+    specs = [spec(weight=weight) for weight in weights]
+    mixture, again = Mixture(specs, sizes, seed), Mixture(specs, sizes, seed)
+    again.order(4)  # of another epoch first
+    exact = np.array(weights) / sum(weights) * sum(sizes)
     used = [np.zeros(n, dtype=int) for n in sizes]
     for epoch in range(5):
-        order = epoch_order(sizes, counts, seed, epoch)
-        assert np.bincount(order[:, 0], minlength=len(sizes)).tolist() == counts
-        assert np.array_equal(order, epoch_order(sizes, counts, seed, epoch))
+        order = mixture.order(epoch)
+        assert np.bincount(order[:, 0], minlength=len(sizes)).tolist() == mixture.counts(epoch).tolist()
+        assert len(order) == mixture.per_epoch == sum(sizes)
+        assert np.array_equal(order, again.order(epoch))
         for source, example in order:
             used[source][example] += 1
         for seen in used:
             assert seen.max() - seen.min() <= 1
+        assert np.abs([seen.sum() for seen in used] - exact * (epoch + 1)).max() < 1
+
+
+def test_a_share_of_less_than_an_example_is_drawn_over_the_epochs() -> None:
+    mixture = Mixture([spec(weight=0.999), DataSpec(path="rare", weight=0.001)], [300, 40], 0)
+    drawn = [int((mixture.order(epoch)[:, 0] == 1).sum()) for epoch in range(1000)]
+    assert drawn[:6] == [0, 1, 0, 0, 1, 0] and sum(drawn) == 340
+    (note,) = mixture.notes
+    assert note.startswith("rare: its weight gives it 0.34 examples an epoch, and the first epoch holds none")
+    assert not Mixture([spec(weight=0.9), spec(weight=0.1)], [300, 40], 0).notes
 
 
 def test_order_depends_on_seed_and_epoch() -> None:
-    orders = [epoch_order([100], [100], seed, epoch).tolist() for seed in range(3) for epoch in range(3)]
+    orders = [Mixture([spec()], [100], seed).order(epoch).tolist() for seed in range(3) for epoch in range(3)]
     assert len({str(o) for o in orders}) == 9
     assert orders[0] != [[0, i] for i in range(100)]

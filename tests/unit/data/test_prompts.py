@@ -132,3 +132,10 @@ def test_a_cap_bounds_an_epoch(tmp_path: Path, tokenizer: Any) -> None:
     prompts = prompts_of(tmp_path, tokenizer, cap=2)
     assert prompts.per_epoch == 4 and [c.per_epoch for c in prompts.counts] == [2, 2]
     assert "one.jsonl" in str(prompts.describe()) and prompts.longest() <= 3
+
+
+def test_a_source_that_is_never_asked_in_the_first_epoch_is_a_note(tmp_path: Path, tokenizer: Any) -> None:
+    one, two = (file(tmp_path, [{"prompt": "a"}] * 9, f"{name}.jsonl") for name in ("one", "two"))
+    sources = [DataSpec(path=one, weight=1.0), DataSpec(path=two, weight=0.02)]
+    (note,) = (n for n in read_prompts(sources, tokenizer, 60).notes if "its weight" in n)
+    assert note.startswith(f"{two}: its weight gives it 0.35 examples an epoch")

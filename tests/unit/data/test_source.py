@@ -353,6 +353,9 @@ def test_mixture_by_weight_and_by_cap(tmp_path: Path, tokenizer) -> None:
     names = [n for i in range(weighted.batches(0)) for n in weighted.batch(i).names if n]
     assert len(names) == 100 and sum(n.startswith(b) for n in names) == 75
     assert sum(c.share for c in weighted.counts) == pytest.approx(1)
+    assert not any("its weight" in note for note in weighted.notes)
+    rare = prepare([DataSpec(path=a, weight=1.0), DataSpec(path=b, weight=0.001)], tokenizer, 128)
+    assert [c.per_epoch for c in rare.counts] == [100, 0] and f"{b}: its weight gives it 0.1 examples" in rare.notes[-1]
     capped = prepare([DataSpec(path=a, cap=20), DataSpec(path=b, cap=20)], tokenizer, 128)
     assert [c.per_epoch for c in capped.counts] == [20, 10]
     assert len(capped.examples(5)) == 5 and {e.name.rpartition(":")[0] for e in capped.examples(2)} == {a, b}
