@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from fettle.core.errors import FettleError
-from fettle.data.parse import BadRow, kind_of, measure
+from fettle.data.parse import BadRow, kind_of, measure, require_json
 
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
@@ -288,6 +288,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
         arguments = inner.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _json(arguments, "the arguments of a function call") if arguments.strip() else {}
+        require_json(arguments, f"the call of '{inner['name']}'")
         entry = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
         if isinstance(call.get("id"), str):
             entry["id"] = call["id"]
@@ -305,6 +306,7 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...]:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRow("'tools' must be a list of objects")
+    require_json(value, "'tools'")
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fettle.core.errors import FettleError
-from fettle.data.read import Row
+from fettle.data.read import Row, stated
 from fettle.data.spec import DataSpec
 
 
@@ -59,4 +59,4 @@ def rows(spec: DataSpec) -> Iterator[Row]:
             return
         if value is None:
             return
-        yield Row(f"{spec.path}:{number}", value=dict(value))
+        yield Row(f"{spec.path}:{number}", value=stated(dict(value)))

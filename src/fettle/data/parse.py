@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -69,6 +70,20 @@ def measure(value: Any) -> int:
         if depth > DEEPEST:
             raise BadRow(f"nested deeper than {DEEPEST} levels")
     return count
+
+
+def require_json(value: Any, what: str) -> None:
+    """BadRow where a value, of a table as Parquet's, holds something at any depth that JSON has no form for."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, list):
+            stack += item
+        elif not (item is None or isinstance(item, str | int) or isinstance(item, float) and math.isfinite(item)):
+            found = item if isinstance(item, float) else f"a value of the kind {type(item).__name__}"
+            raise BadRow(f"{what} holds {found}, which JSON has no form for; write it as a text or a number")
 
 
 def _no_repeats(data: bytes) -> None:

@@ -7,8 +7,11 @@ import glob
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from fettle.core.errors import FettleError
 from fettle.core.spec import nearest
@@ -21,6 +24,7 @@ KINDS = {
     ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
 PLACE = re.compile(r"(.*?):(\d+)(?::(\d+))?", re.DOTALL)
+CALLS = ("tools", "functions", "tool_calls")  # keys below which each struct has fields of its own
 BLANK = re.compile(rb"\S[^\S\n]*\r?\n[^\S\n]*\r?\n\s*\S")  # a blank line between two others
 
 
@@ -232,35 +236,49 @@ def _csv(path: Path, delimiter: str, advance: Advance | None) -> Iterator[Row]:
     """Rows of a CSV file with a header. Empty cells are empty texts; every value is a text."""
     csv.field_size_limit(MAX_ROW)
     problem: list[Row] = []
+    taken = StringIO()  # the lines of the row that is being read, as far as they are kept of a bad one
 
     def texts() -> Iterator[str]:
         for line in _safely(path, lines(pieces(path, advance))):
             if isinstance(line, Row):
                 problem.append(line)
-            elif line.whole:
-                yield line.data.decode("utf-8", errors="surrogateescape") + "\n"
-            else:
+                continue
+            if not line.whole:
                 problem.append(_too_long(f"{path}:{line.number}", line.data, line.size))
+            text = line.data.decode("utf-8", errors="surrogateescape") if line.whole else ""
+            if taken.tell() < PIECE:
+                taken.write(f"{text}\n")
+            yield f"{text}\n"
 
     reader = csv.reader(texts(), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         first = reader.line_num + 1
+        taken.seek(0)
+        taken.truncate()
         try:
             cells = next(reader)
         except StopIteration:
             break
         except csv.Error as error:
-            yield _spanning(Row(f"{path}:{first}", problem=f"not valid CSV: {error}"), first, reader.line_num)
+            bad = Row(f"{path}:{first}", problem=f"not valid CSV: {error}", raw=_written(taken))
+            yield _spanning(bad, first, reader.line_num)
             continue
         if header is None:
             header = _header(path, cells)
         elif cells:
-            row = _cells(f"{path}:{first}", header, cells)
-            yield _spanning(row, first, reader.line_num) if len(cells) != len(header) else row
+            if why := _bad_cells(header, cells):
+                bad = Row(f"{path}:{first}", problem=why, raw=_written(taken))
+                yield _spanning(bad, first, reader.line_num) if len(cells) != len(header) else bad
+            else:
+                yield Row(f"{path}:{first}", value=dict(zip(header, cells, strict=True)))
         yield from problem
         problem.clear()
     yield from problem
+
+
+def _written(taken: StringIO) -> str:
+    return shown(taken.getvalue().removesuffix("\n").encode("utf-8", errors="surrogateescape")[:PIECE])
 
 
 def _spanning(row: Row, first: int, last: int) -> Row:
@@ -278,16 +296,16 @@ def _header(path: Path, cells: list[str]) -> list[str]:
     return cells
 
 
-def _cells(where: str, header: list[str], cells: list[str]) -> Row:
-    raw = shown(",".join(cells).encode("utf-8", errors="surrogateescape")[:PIECE])
+def _bad_cells(header: list[str], cells: list[str]) -> str:
+    """Why a row's cells are no row; '' where they are one."""
     if len(cells) != len(header):
-        return Row(where, problem=f"{len(cells)} cells where the header names {len(header)} columns", raw=raw)
+        return f"{len(cells)} cells where the header names {len(header)} columns"
     for name, cell in zip(header, cells, strict=True):
         if "\x00" in cell:
-            return Row(where, problem=f"the column '{name}' holds a NUL character", raw=raw)
+            return f"the column '{name}' holds a NUL character"
         if not cell.isascii() and any("\ud800" <= c <= "\udfff" for c in cell):
-            return Row(where, problem=f"invalid UTF-8 in the column '{name}'", raw=raw)
-    return Row(where, value=dict(zip(header, cells, strict=True)))
+            return f"invalid UTF-8 in the column '{name}'"
+    return ""
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -312,7 +330,25 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _parquet_row(where: str, batch: Any, i: int) -> Row:
-    try:
-        return Row(where, value=batch.slice(i, 1).to_pylist()[0])
-    except (UnicodeDecodeError, ValueError, OverflowError) as error:
-        return Row(where, problem=f"a value that cannot be read ({error})")
+    value: dict[str, Any] = {}
+    problems = []
+    for name, cells in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            value[name] = cells[i].as_py()
+        except (UnicodeDecodeError, ValueError, OverflowError) as error:
+            problems.append(f"the column '{name}' holds a value that cannot be read ({error})")
+    if not problems:
+        return Row(where, value=stated(value))
+    raw = orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    return Row(where, problem="; ".join(problems), raw=raw)
+
+
+def stated(value: Any, below: bool = False) -> Any:
+    """A value of Arrow without the nulls in calls and tools, which are those of other calls: their structs are joined to one.
+
+    A call that says null itself cannot be told from one that lacks the key. A null in a list is said, and stays.
+    """
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if item is not None or not below}
+        return {key: stated(item, below or key in CALLS) for key, item in kept.items()}
+    return [stated(item, below) for item in value] if isinstance(value, list) else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -162,6 +164,18 @@ BAD = [
     ("sharegpt", {"conversations": turns(("human", "q"), ("function_call", "[" * 200 + "]" * 200))}, "nested deeper"),
     ("sharegpt", {"conversations": turns(("human", "q"), ("gpt", 5))}, "turn 2: 'value' must be a text"),
 ]
+
+
+VALUES = [b"ab", Decimal("1.5"), timedelta(1), datetime(2025, 1, 1), float("nan"), [{"x": (1, 2)}]]  # as of Parquet
+BAD += [
+    row
+    for value in VALUES
+    for row in (
+        ("messages", {"messages": [*said(Q), {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": value}}]}]},
+         "turn 2: the call of 'f' holds "),
+        ("messages", {"messages": said(Q, A), "tools": [{"name": "f", "parameters": {"x": value}}]}, "'tools' holds "),
+    )
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "row", "reason"), BAD)

@@ -7,6 +7,7 @@ import json
 import random
 import sys
 import tracemalloc
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -89,6 +90,34 @@ def test_parquet(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(data[: len(data) // 2])
     with pytest.raises(FettleError, match="b.parquet"):
         rows(tmp_path / "b.parquet")
+
+
+def test_calls_of_parquet_have_no_fields_of_other_calls(tmp_path: Path) -> None:
+    """Arrow joins the structs of a column: each call would have the arguments of all, null where it has none."""
+    calls = [
+        {"function": {"name": "f", "arguments": {"city": "Paris", "days": [1, None]}}},
+        {"id": "x", "function": {"name": "g", "arguments": {"expr": "1+1", "deep": {"a": 1}}}},
+        {"function": {"name": "g", "arguments": {"deep": {"b": "2"}}}},
+    ]
+    tools = [
+        {"name": "f", "parameters": {"properties": {"city": {"type": "string", "enum": ["Paris", None]}}}},
+        {"name": "g", "description": "sums", "parameters": {"properties": {"expr": {"default": 0}}}},
+    ]
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": calls}]
+    given = [{"messages": talk, "tools": tools, "n": 1}, {"messages": talk[:1], "tools": None, "n": None}]
+    pq.write_table(pa.Table.from_pylist(given), tmp_path / "a.parquet")
+    first, second = (row.value for row in rows(tmp_path / "a.parquet"))
+    assert first["messages"][1]["tool_calls"] == calls and first["tools"] == tools
+    assert first["messages"][0]["tool_calls"] is None and (second["tools"], second["n"]) == (None, None)
+
+
+def test_what_cannot_be_read_of_parquet_leaves_the_rest(tmp_path: Path) -> None:
+    columns = {"text": ["a", "b"], "at": pa.array([0, 2**62], pa.timestamp("us")), "cost": [Decimal("1.5"), None]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    good, bad = rows(tmp_path / "a.parquet")
+    assert good.value["text"] == "a" and bad.where.endswith("a.parquet:2")
+    assert bad.problem == "the column 'at' holds a value that cannot be read (date value out of range)"
+    assert json.loads(bad.raw) == {"text": "b", "cost": None}
 
 
 BAD = {
@@ -250,6 +279,8 @@ def test_huge_rows_do_not_fill_memory(tmp_path: Path, monkeypatch: pytest.Monkey
         assert [bool(row.problem) for row in found] == [False, True, False]
         assert "the most is" in found[1].problem and len(found[1].raw) < 10000
         assert peak < 16 << 20
+    table = rows(write(tmp_path / "a.csv", b"text\na\n" + b"x" * (3 << 20) + b"\nb\n"))
+    assert [(place(row.where)[1], bool(row.problem)) for row in table] == [(2, False), (3, True), (4, False)]
     plain = write(tmp_path / "a.txt", b"one\n" + b"y" * (3 << 20) + b"\ntwo")
     assert [bool(row.problem) for row in rows(plain)] == [False, True, False]
     assert [bool(row.problem) for row in rows(plain, documents="file")] == [True]
@@ -266,6 +297,10 @@ def test_csv_damage(tmp_path: Path) -> None:
     problems = {int(row.where.rpartition(":")[2]): row.problem for row in found if row.problem}
     assert "1 cells" in problems[3] and "3 cells" in problems[4] and "UTF-8" in problems[6] and "NUL" in problems[9]
     assert "not valid CSV" in problems[11] and "lines 11 to 12 are read as one row" in problems[11]
+    kept = {int(row.where.rpartition(":")[2]): row.raw for row in found if row.problem}
+    assert kept == {3: "1", 4: "1,2,3", 6: "\\xff,2", 9: "x\x00,1", 11: '"open,6\n7,8'}
+    quoted = write(tmp_path / "q.tsv", b'q\ta\n"a"b\tc\n"d"\t"e"\tf\n')
+    assert [row.raw for row in rows(quoted)] == ['"a"b\tc', '"d"\t"e"\tf']
     for header in (b"a,a\n1,2\n", b",a\n1,2\n"):
         with pytest.raises(FettleError, match=":1:"):
             rows(write(tmp_path / "b.csv", header))

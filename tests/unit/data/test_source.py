@@ -408,7 +408,7 @@ def test_hub_rows(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         def rows():
             yield {"text": "one"}
             yield {"text": None}
-            yield {"text": "three"}
+            yield {"text": "three", "tools": [{"name": "f", "description": None}]}
             raise ValueError("the line is cut")
 
         return rows()
@@ -420,6 +420,7 @@ def test_hub_rows(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         FettleError, match="something:4: the stream fails here.* cannot be told, so max_bad: 0.5 cannot be"
     ):
         prepare([spec.model_copy(update={"max_bad": 0.5})], tokenizer, 64)
+    assert [row.value for row in build.hub.rows(spec)][2] == {"text": "three", "tools": [{"name": "f"}]}
     corpus = prepare([spec], tokenizer, 64)
     assert asked == {"name": "someone/something", "config": "en", "split": "test", "revision": "v1", "streaming": True}
     assert (corpus.counts[0].read, corpus.counts[0].kept) == (4, 2)
