@@ -19,10 +19,11 @@ from fettle.core.errors import FettleError
 from fettle.core.files import new_folder, sha256, write_bytes
 from fettle.core.locks import locked
 from fettle.data import hub
+from fettle.data.folders import files, kind_of_file
 from fettle.data.formats import Sample, chat, detect, to_sample
 from fettle.data.forms import LABELLED
 from fettle.data.parse import BadRow, strings
-from fettle.data.read import Row, files, head_of, kind_of_file, split_of
+from fettle.data.read import Row, head_of, split_of
 from fettle.data.render import Job, worker
 from fettle.data.rows import rows_of
 from fettle.data.spec import DataSpec

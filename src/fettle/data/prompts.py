@@ -17,6 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from fettle.core.errors import FettleError
+from fettle.data.folders import left_out
 from fettle.data.formats import detect, to_sample
 from fettle.data.mix import Mixture
 from fettle.data.parse import BadRow
@@ -142,7 +143,7 @@ class _Reader:
         self.format, self.read = "", 0
         self.prompts: list[Prompt] = []
         self.problems: list[str] = []
-        self.notes: list[str] = []
+        self.notes = left_out(spec.path)
 
     def run(self, rows: Iterable[Row]) -> None:
         """Read every row; FettleError where too many are bad."""

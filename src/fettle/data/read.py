@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,15 +13,11 @@ from typing import Any
 import orjson
 
 from fettle.core.errors import FettleError
-from fettle.core.spec import nearest
 from fettle.data.arrays import elements
+from fettle.data.folders import KINDS, files, kind_of_file
 from fettle.data.parse import BadRow, parse_object
 from fettle.data.streams import HEAD, MAX_ROW, PIECE, UTF16, Advance, Broken, Line, compression, lines, pieces
 
-KINDS = {
-    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv",
-    ".txt": "text", ".text": "text", ".md": "text",
-}  # fmt: skip
 PLACE = re.compile(r"(.*?):(\d+)(?::(\d+))?", re.DOTALL)
 CALLS = ("tools", "functions", "tool_calls")  # keys below which each struct has fields of its own
 BLANK = re.compile(rb"\S[^\S\n]*\r?\n[^\S\n]*\r?\n\s*\S")  # a blank line between two others
@@ -45,38 +40,6 @@ def place(where: str) -> tuple[str, int, int]:
     if found is None:
         raise FettleError(f"'{where}' is no place of a row; expected file:line or file:line:column")
     return found[1], int(found[2]), int(found[3] or 0)
-
-
-def files(path: str) -> list[Path]:
-    """The files that a path means: itself, what a folder holds at any depth, or what a glob matches; sorted."""
-    root = Path(path).expanduser()
-    if root.is_file():
-        return [root]
-    if root.is_dir():
-        found = [p for p in sorted(root.rglob("*")) if p.is_file() and kind_of_file(p) and not _hidden(p, root)]
-        if not found:
-            raise FettleError(
-                f"{path}: the folder holds no data file; known endings: {', '.join(KINDS)}, also with .gz or .zst"
-            )
-        return found
-    found = [p for p in map(Path, sorted(glob.glob(str(root), recursive=True))) if p.is_file()]
-    if not found:
-        beside = [p.name for p in root.parent.iterdir() if kind_of_file(p)] if root.parent.is_dir() else []
-        close = f"; in {root.parent}: {nearest(root.name, beside)}" if beside and len(beside) < 1000 else ""
-        raise FettleError(f"{path}: no such file or folder{close}")
-    return found
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def kind_of_file(path: Path) -> str:
-    """'json', 'parquet', 'csv', 'tsv' or 'text' by the name's ending; '' where it is not known."""
-    name = path.name.lower()
-    for ending in (".gz", ".gzip", ".zst", ".zstd"):
-        name = name.removesuffix(ending)
-    return KINDS.get(Path(name).suffix, "")
 
 
 def read(path: str, documents: str = "auto", advance: Advance | None = None) -> Iterator[Row]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from fettle.core.errors import FettleError
 from fettle.core.files import sha256
 from fettle.data import hub
-from fettle.data.read import Row, files, read
+from fettle.data.folders import files
+from fettle.data.read import Row, read
 from fettle.data.spec import DataSpec
 from fettle.data.streams import Advance
 

@@ -20,6 +20,7 @@ from fettle.core.batch import Batch, Example, pack
 from fettle.core.errors import FettleError
 from fettle.core.files import make_folder, write_bytes
 from fettle.data.build import encoded
+from fettle.data.folders import left_out
 from fettle.data.forms import Form
 from fettle.data.mix import ROWS, Mixture
 from fettle.data.packing import Plan, plan
@@ -83,7 +84,7 @@ class Corpus:
         self._plans: dict[int, Plan] = {}
         self._ends: list[int] = []  # batches up to and with each epoch planned so far
         self.counts = self._counted()
-        self.notes = [note for s in self.sources for note in s.store.manifest["notes"]]
+        self.notes = [n for s in self.sources for n in (*left_out(s.spec.path), *s.store.manifest["notes"])]
         self.notes += [
             f"{c.source}: {c.too_long} rows are longer than {s.limit}{self._or_unseen()} and were left out "
             f"(long: {s.spec.long}); they are listed in {s.over}"

@@ -134,6 +134,13 @@ def test_a_cap_bounds_an_epoch(tmp_path: Path, tokenizer: Any) -> None:
     assert "one.jsonl" in str(prompts.describe()) and prompts.longest() <= 3
 
 
+def test_files_that_are_not_read_are_a_note(tmp_path: Path, tokenizer: Any) -> None:
+    file(tmp_path, [{"prompt": "a"}])
+    (tmp_path / "more.jsonl.xz").write_bytes(b"packed")
+    (note,) = read_prompts([DataSpec(path=str(tmp_path))], tokenizer, 60).notes
+    assert note == f"{tmp_path}: not read, since the ending is not known: more.jsonl.xz"
+
+
 def test_a_source_that_is_never_asked_in_the_first_epoch_is_a_note(tmp_path: Path, tokenizer: Any) -> None:
     one, two = (file(tmp_path, [{"prompt": "a"}] * 9, f"{name}.jsonl") for name in ("one", "two"))
     sources = [DataSpec(path=one, weight=1.0), DataSpec(path=two, weight=0.02)]

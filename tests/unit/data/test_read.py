@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from fettle.core import FettleError
 from fettle.data import arrays, read, streams
-from fettle.data.read import files, place
+from fettle.data.folders import files, left_out
+from fettle.data.read import place
 
 ROWS = [{"text": f'row {i} 你好 "quoted" {{[,]}} \\ end'} for i in range(7)]
 
@@ -328,6 +329,56 @@ def test_folders_globs_and_names(tmp_path: Path) -> None:
         rows(tmp_path / "notes.pdf")
     with pytest.raises(FettleError, match="UTF-16"):
         rows(write(tmp_path / "u.jsonl", JSONL.decode().encode("utf-16")))
+
+
+def tree(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write(root / name, JSONL)
+    return root
+
+
+def inside(root: Path) -> list[str]:
+    return [str(p.relative_to(root)) for p in files(str(root))]
+
+
+def test_linked_folders_are_read_and_each_folder_once(tmp_path: Path) -> None:
+    other = tree(tmp_path / "other", "c.jsonl", "deep/d.jsonl", ".git/e.jsonl")
+    root = tree(tmp_path / "root", "a.jsonl", "real/b.jsonl")
+    for name, to in (("linked", other), ("loop", root), ("real/up", root), ("again", root / "real"), (".off", other)):
+        (root / name).symlink_to(to, target_is_directory=True)
+    (other / "back").symlink_to(root, target_is_directory=True)
+    (root / "one.jsonl").symlink_to(other / "c.jsonl")
+    assert inside(root) == ["a.jsonl", "linked/c.jsonl", "linked/deep/d.jsonl", "one.jsonl", "real/b.jsonl"]
+    (tmp_path / "way").symlink_to(root, target_is_directory=True)
+    assert len(inside(tmp_path / "way")) == 5 and len(rows(tmp_path / "way")) == 5 * len(ROWS)
+    assert left_out(str(root)) == []
+
+
+ABOUT = ["LICENSE.txt", "README.md", "in/card.MD", "in/readme.txt.gz"]
+
+
+@pytest.mark.parametrize("data", ["a.jsonl", "a.json.gz", "in/a.csv", "a.tsv", "a.parquet"])
+def test_texts_about_the_data_are_left_out_with_a_note(tmp_path: Path, data: str) -> None:
+    root = tree(tmp_path / "root", data, "b.txt", *ABOUT)
+    assert inside(root) == sorted([data, "b.txt"])
+    assert left_out(str(root)) == [f"{root}: not read, as a text about the data beside it: {', '.join(ABOUT)}"]
+    texts = tree(tmp_path / "texts", "b.txt", *ABOUT)  # nothing but texts: all of them are data
+    assert len(inside(texts)) == 5 and left_out(str(texts)) == []
+    assert inside(tree(tmp_path / "named", data, "readme.jsonl", "b.md.txt"))[-1] == "readme.jsonl"
+    assert left_out(str(root / "README.md")) == [] and files(str(root / "README.md"))
+
+
+def test_what_a_folder_holds_and_is_not_read_is_told(tmp_path: Path) -> None:
+    root = tree(tmp_path / "root", "a.jsonl", "b.jsonl.xz", "in/LICENSE", ".cache/x.pdf", ".hidden")
+    (root / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    assert inside(root) == ["a.jsonl"]
+    assert left_out(str(root)) == [
+        f"{root}: not read, since the ending is not known: b.jsonl.xz, in/LICENSE",
+        f"{root}: not read, since it is no file, or a link to nowhere: gone.jsonl",
+    ]
+    tree(root, *(f"{i:02}.pdf" for i in range(12)))
+    assert left_out(str(root))[0].endswith("06.pdf, 07.pdf, 08.pdf, 09.pdf and 4 more")
 
 
 @given(

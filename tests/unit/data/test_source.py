@@ -384,8 +384,14 @@ def test_folders_and_compression_make_one_source(tmp_path: Path, tokenizer) -> N
     folder.mkdir()
     texts(folder / "a.jsonl", 5)
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "zipped"}).encode()))
-    corpus = prepare([DataSpec(path=str(folder))], tokenizer, 256)
-    assert corpus.counts[0].kept == 6
+    cache = tmp_path / "cache"
+    assert not any(
+        "not read" in note for note in prepare([DataSpec(path=str(folder))], tokenizer, 256, cache=cache).notes
+    )
+    (folder / "README.md").write_text("# A card\n\nNo row.\n")
+    corpus = prepare([DataSpec(path=str(folder))], tokenizer, 256, cache=cache)
+    assert corpus.counts[0].kept == 6 and len([p for p in cache.iterdir() if p.is_dir()]) == 1
+    assert f"{folder}: not read, as a text about the data beside it: README.md" in corpus.notes
     assert {n.rpartition(":")[0] for n in corpus.batch(0).names if n} == {
         str(folder / "a.jsonl"),
         str(folder / "b.jsonl.gz"),
