@@ -29,9 +29,7 @@ class Mixture:
         self.specs, self.sizes, self.seed = specs, sizes, seed
         self.shares = _shares(specs, sizes)
         self.per_epoch = round(self.shares.sum())
-        self._taken = [
-            np.zeros(len(sizes), dtype=np.int64)
-        ]  # [n] before each epoch that was asked for, and all before it
+        self._taken = [np.zeros(len(sizes), dtype=np.int64)]  # before each epoch, up to the last that was asked for
 
     def counts(self, epoch: int) -> np.ndarray:
         """int64 [n]: how many examples of each source an epoch holds; their sum is the same for all."""
