@@ -157,3 +157,9 @@ def test_an_interruption_ends_with_130(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 128 + signal.SIGINT
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("choices", ["2,x,4", "1,4", "²", "", "44"])
+def test_choices_of_bits_are_numbers_from_2_to_8(choices: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of(["quantize", "plan", "none.yaml", "--choices", choices]) == 2
+    assert f"'{choices}' is not understood" in " ".join(capsys.readouterr().err.replace("│", " ").split())

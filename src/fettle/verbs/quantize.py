@@ -76,10 +76,10 @@ def quantize_plan(
     """Mixed precision: measure how much each layer feels fewer bits, and write a recipe that spends a budget where it matters."""
     from fettle.stages.planned import plan_bits
 
-    widths = [int(word) for word in choices.split(",") if word.strip().isdigit()]
-    if not widths or not all(2 <= width <= 8 for width in widths):
+    words = [word.strip() for word in choices.split(",")]
+    if not set(words) <= set("2345678"):
         raise typer.BadParameter(f"--choices: '{choices}' is not understood; give numbers from 2 to 8, as in 2,3,4,8")
-    _, chosen = plan_bits(recipe, bits, output, overrides or (), widths, rows)
+    _, chosen = plan_bits(recipe, bits, output, overrides or (), [int(word) for word in words], rows)
     for width in sorted(set(chosen.values())):
         print(f"{width} bits: {sum(b == width for b in chosen.values())} layers")
     print(output)
