@@ -14,7 +14,7 @@ the row; `margin` [E]; `example_weights` [E].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -117,11 +117,27 @@ class Preference:
 
     def counted(self, store: Store, examples: np.ndarray) -> str:
         """How many pairs are compared, or how many answers are desired, as a table says it."""
-        ranks = [store.labels_of(int(i))[2:] for i in examples]
         if self.compared:
-            return f"{sum(len(compared(r)) for r in ranks):,} pairs"
-        every = [r for some in ranks for r in some]
-        return f"{len(every):,} answers, {sum(r == 1 for r in every):,} of them desired"
+            return f"{sum(len(compared(store.labels_of(int(i))[2:])) for i in examples):,} pairs"
+        return "{:,} answers, {:,} of them desired".format(*judged(store, examples))
+
+    def one_kind(self, sources: Iterable[tuple[Store, np.ndarray]]) -> list[str]:
+        """A note where all sources together have no desired answer, or no other one."""
+        if self.compared:
+            return []
+        answers, desired = map(sum, zip(*(judged(*source) for source in sources), strict=True))
+        if 0 < desired < answers:
+            return []
+        return [
+            f"data: {desired:,} of {answers:,} answers are desired; the objective learns how desired answers differ from others, "
+            "so give it both kinds"
+        ]
+
+
+def judged(store: Store, examples: np.ndarray) -> tuple[int, int]:
+    """How many answers some examples have, and how many of those are desired."""
+    ranks = [rank for i in examples for rank in store.labels_of(int(i))[2:]]
+    return len(ranks), ranks.count(1)
 
 
 def compared(ranks: Sequence[float]) -> list[tuple[int, int]]:

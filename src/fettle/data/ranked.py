@@ -67,7 +67,8 @@ def _several(row: dict[str, Any]) -> tuple[list[Any], list[float]]:
         raise BadRow("'ranks' must be numbers, 1 for the best")
     if len(set(ranks)) == 1:
         raise BadRow("all answers have the same rank, so nothing is preferred")
-    return values, [float(r) for r in ranks]
+    places = sorted(set(ranks))
+    return values, [1.0 + places.index(r) for r in ranks]  # the best is 1, whatever the row counts from
 
 
 def _judged(row: dict[str, Any], key: str) -> Sample:

@@ -79,6 +79,13 @@ def test_rankings_are_sorted_and_may_tie() -> None:
     assert compared(sample.ranks) == [(0, 1), (0, 2)]
 
 
+@pytest.mark.parametrize(
+    ("ranks", "dense"), [([2, 3], (1, 2)), ([3, 9, 3], (1, 1, 2)), ([1.5, 4], (1, 2)), ([7, 5, 6], (1, 2, 3))]
+)
+def test_the_best_rank_is_1_whatever_the_row_counts_from(ranks: list[float], dense: tuple[float, ...]) -> None:
+    assert to_sample({"prompt": "p", "answers": [*"abc"][: len(ranks)], "ranks": ranks}, "preference").ranks == dense
+
+
 @pytest.mark.parametrize("key", ["label", "kto_tag"])
 @pytest.mark.parametrize(("value", "rank"), [(True, 1.0), (False, 2.0), ("False", 2.0), (1, 1.0)])
 def test_judged_answers(key: str, value: Any, rank: float) -> None:
@@ -189,6 +196,20 @@ def test_counts_of_judged_answers(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"prompt": "p", "completion": "c", "label": True}, {"prompt": "p", "chosen": "a", "rejected": "b"}]
     corpus = prepare([source(tmp_path, rows)], tokenizer, 64, form=Preference(compared=False))
     assert corpus.counts[0].compared == "3 answers, 2 of them desired"
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"), [([True, True], "2 of 2"), ([False, False], "0 of 2"), ([True, False], "")]
+)
+def test_answers_of_one_kind_only_are_told(labels: list[bool], told: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Of all sources together: one of them may well hold a single kind."""
+    sources = []
+    for i, label in enumerate(labels):
+        (tmp_path / f"{i}").mkdir()
+        sources.append(source(tmp_path / f"{i}", [{"prompt": "p", "completion": f"c{i}", "label": label}]))
+    corpus = prepare(sources, tokenizer, 64, form=Preference(compared=False))
+    notes = [note for note in corpus.notes if "both kinds" in note]
+    assert [note.startswith(f"data: {told} answers are desired") for note in notes] == ([True] if told else [])
 
 
 def test_bad_rows_are_set_aside_with_their_line(tokenizer: Any, tmp_path: Path) -> None:
