@@ -20,7 +20,7 @@ from fettle.core.files import new_folder, sha256, write_bytes
 from fettle.core.locks import locked
 from fettle.data import hub
 from fettle.data.folders import files, kind_of_file
-from fettle.data.formats import Sample, chat, detect, to_sample
+from fettle.data.formats import Sample, conversed, detect, to_sample, unused_note
 from fettle.data.forms import LABELLED
 from fettle.data.parse import BadRow, strings
 from fettle.data.read import Row, head_of, split_of
@@ -30,7 +30,7 @@ from fettle.data.spec import DataSpec
 from fettle.data.store import ASIDE, Store, Writer, cached, open_store
 from fettle.data.template import Encoder
 
-VERSION = 5  # raised whenever the same data would be encoded otherwise
+VERSION = 6  # raised whenever the same data would be encoded otherwise
 LOOK = 32  # rows that tell a format
 CHUNK, CHUNK_CHARACTERS = 1024, 4 << 20
 SHOWN = 10  # bad rows named in full
@@ -112,7 +112,7 @@ class _Build:
     def __init__(self, spec: DataSpec, encoder: Encoder, writer: Writer) -> None:
         self.spec, self.encoder, self.writer = spec, encoder, writer
         self.format = ""
-        self.read = self.kept = self.bad = self.control = self.unfilled = 0
+        self.read = self.kept = self.bad = self.control = self.unfilled = self.unused = 0
         self.reasons: list[str] = []
         self.notes: list[str] = []
         self.chats = self.tools = False
@@ -162,7 +162,8 @@ class _Build:
                 self.kept += 1
                 said = sample.answers or (sample,)
                 self.chats = self.chats or any(one.kind == "chat" for one in said)
-                self.tools = self.tools or any(one.tools for one in said)
+                self.tools = self.tools or any(one.kind == "chat" and one.tools for one in said)
+                self.unused += sample.unused
                 self._look(row)
                 self.writer.add(row.where, found)
 
@@ -223,10 +224,7 @@ class _Build:
             return replace(sample, answers=tuple(self._dressed(answer, default) for answer in sample.answers))
         if sample.kind != "completion" or not wanted or labels:
             return sample
-        if not sample.prompt.strip():
-            raise BadRow("the prompt is empty, and a conversation begins with the user")
-        turns = chat([{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.completion}])
-        return replace(turns, weight=sample.weight, weights=(0.0, sample.weight))
+        return conversed(sample)
 
     def _set_aside(self, row: Row, reason: str) -> None:
         self.bad += 1
@@ -276,6 +274,8 @@ class _Build:
             self.notes.append(
                 f"{self.spec.path}: the chat template knows no functions; they and their calls are written as text"
             )
+        if self.unused:
+            self.notes.append(unused_note(self.spec.path, self.unused))
         if self.unfilled:
             self.notes.append(
                 f"{self.spec.path}: {self.unfilled} rows hold a place to fill in, such as {{{{name}}}}, which would be learned as it is"

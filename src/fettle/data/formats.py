@@ -31,6 +31,7 @@ class Sample:
     weights: tuple[float, ...] = ()  # a conversation's: one a message, 0 where it is not learned
     prompt: str = ""
     completion: str = ""
+    system: str = ""  # beside a prompt that is a text; that of a conversation is its first turn
     text: str = ""
     weight: float = 1.0
     label: Any = None  # of a text, or of `text` with `pair`: a name, a number, or a list of them
@@ -49,6 +50,12 @@ class Sample:
         if self.words or self.label is not None:
             return "tagged" if self.words else "labelled"
         return "chat" if self.messages else "completion" if self.completion else "text"
+
+    @property
+    def unused(self) -> bool:
+        """Whether a system turn or tools stand beside a text that is gone on from, which has no place for them."""
+        said = self.answers or (self,)
+        return any(one.kind == "completion" and bool(one.system or one.tools) for one in said)
 
 
 def detect(rows: Sequence[dict[str, Any]], where: str) -> str:
@@ -164,12 +171,40 @@ def _completion(row: dict[str, Any]) -> Sample:
         sample = conversation([*prompt, *answer], "role", "content", row)
         n = len(sample.messages) - len(answer)
         return replace(sample, weights=tuple(0.0 if i < n else w for i, w in enumerate(sample.weights)))
-    return Sample(prompt=text_of(row, "prompt", empty=True), completion=text_of(row, key))
+    return completed(text_of(row, "prompt", empty=True), text_of(row, key), row)
+
+
+def completed(prompt: str, completion: str, row: dict[str, Any]) -> Sample:
+    """A text with what goes on from it, and the system turn and the tools of its row."""
+    return Sample(prompt=prompt, completion=completion, system=_system(row), tools=_tools(row))
+
+
+def conversed(sample: Sample) -> Sample:
+    """A prompt and its completion as a conversation; BadRow where the prompt is empty."""
+    if not sample.prompt.strip():
+        raise BadRow("the prompt is empty, and a conversation begins with the user")
+    turns = [("system", sample.system), ("user", sample.prompt), ("assistant", sample.completion)]
+    made = chat([{"role": role, "content": text} for role, text in turns if text], sample.tools)
+    return replace(made, weight=sample.weight, weights=tuple(w * sample.weight for w in made.weights))
+
+
+def unused_note(path: str, rows: int) -> str:
+    """The note on rows whose `system` or `tools` nothing reads."""
+    return (
+        f"{path}: {rows} rows have 'system' or 'tools' beside a prompt that is a text, which is gone on from as it is, without "
+        "them; chat: true makes it a conversation with both"
+    )
 
 
 def _alpaca(row: dict[str, Any]) -> Sample:
-    question, more, answer = text_of(row, "instruction"), maybe(row, "input"), text_of(row, "output")
-    messages = [{"role": "system", "content": system}] if (system := maybe(row, "system")).strip() else []
+    answer = {"role": "assistant", "content": text_of(row, "output")}
+    return conversation([*alpaca_turns(row), answer], "role", "content", row)
+
+
+def alpaca_turns(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The old turns of a row in alpaca's words, and its question."""
+    question, more = text_of(row, "instruction"), maybe(row, "input")
+    messages = []
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
         raise BadRow("'history' must be a list of [question, answer] pairs")
@@ -177,9 +212,7 @@ def _alpaca(row: dict[str, Any]) -> Sample:
         turn = {"question": pair[0], "answer": pair[1]}
         messages.append({"role": "user", "content": text_of(turn, "question")})
         messages.append({"role": "assistant", "content": text_of(turn, "answer")})
-    messages.append({"role": "user", "content": f"{question}\n\n{more}" if more.strip() else question})
-    messages.append({"role": "assistant", "content": answer})
-    return chat(messages)
+    return [*messages, {"role": "user", "content": f"{question}\n\n{more}" if more.strip() else question}]
 
 
 def _messages(row: dict[str, Any]) -> Sample:
@@ -205,7 +238,7 @@ def _turns(row: dict[str, Any], key: str) -> list[Any]:
 def conversation(turns: list[Any], role_key: str, text_key: str, row: dict[str, Any]) -> Sample:
     messages: list[dict[str, Any]] = []
     weights: list[float] = []
-    if (system := maybe(row, "system")).strip():
+    if system := _system(row):
         messages.append({"role": "system", "content": system})
         weights.append(0.0)
     for number, turn in enumerate(turns, 1):
@@ -215,7 +248,13 @@ def conversation(turns: list[Any], role_key: str, text_key: str, row: dict[str, 
             raise BadRow(f"turn {number}: {problem}") from None
         messages.append(message)
         weights.append(weight)
-    return chat(messages, _tools(row.get("tools", row.get("functions"))), weights)
+    return chat(messages, _tools(row), weights)
+
+
+def _system(row: dict[str, Any]) -> str:
+    """The system turn of a row; '' where it has none."""
+    system = maybe(row, "system")
+    return system if system.strip() else ""
 
 
 def _message(turn: Any, role_key: str, text_key: str) -> tuple[dict[str, Any], float]:
@@ -298,8 +337,9 @@ def _calls(value: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+def _tools(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """The tools of a row: a list, or a list as JSON text; each wrapped as templates expect it."""
+    value = row.get("functions") if row.get("tools") is None else row["tools"]
     if isinstance(value, str):
         value = _json(value, "'tools'") if value.strip() else None
     if value is None:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fettle.core.errors import FettleError
 from fettle.data.folders import left_out
-from fettle.data.formats import detect, to_sample
+from fettle.data.formats import Sample, conversed, detect, to_sample, unused_note
 from fettle.data.mix import Mixture
 from fettle.data.parse import BadRow
 from fettle.data.read import Row
@@ -34,12 +34,16 @@ ANSWERS = {"alpaca": "output", "completion": "completion"}
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: a conversation, or a text that is gone on from; its tokens, and the row's columns. `name` is file:line."""
+    """One prompt: a conversation, or a text that is gone on from; its tokens, and the row's columns. `name` is file:line.
+
+    `tools` are those that a conversation offers, as templates take them.
+    """
 
     name: str
     asked: tuple[dict[str, Any], ...] | str
     tokens: np.ndarray  # int32 [n]
     facts: dict[str, Any]
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def question(self) -> str:
@@ -140,7 +144,7 @@ class _Reader:
         self, spec: DataSpec, encoder: Encoder, room: int, lack: Callable[[dict[str, Any]], str | None]
     ) -> None:
         self.spec, self.encoder, self.room, self.lack = spec, encoder, room, lack
-        self.format, self.read = "", 0
+        self.format, self.read, self.unused = "", 0, 0
         self.prompts: list[Prompt] = []
         self.problems: list[str] = []
         self.notes = left_out(spec.path)
@@ -159,6 +163,8 @@ class _Reader:
                 f"{path}: {bad} of {self.read} rows cannot be used as prompts, more than max_bad: {self.spec.max_bad:g} allows; mend them, "
                 f"or raise it" + "".join(f"\n  {p}" for p in self.problems[:SHOWN]) + more
             )
+        if self.unused:
+            self.notes.append(unused_note(path, self.unused))
         if bad:
             lost = [f"{row.where}: {row.problem}" for row in taken if row.lost]
             self.notes += [
@@ -190,7 +196,7 @@ class _Reader:
         return detect(values, self.spec.path)
 
     def _chunk(self, rows: Sequence[Row]) -> None:
-        asked: list[tuple[Row, tuple[dict[str, Any], ...], str, Any]] = []
+        asked: list[tuple[Row, Sample, Any]] = []
         texts = self._templated(rows) if self.format == "template" else [""] * len(rows)
         for row, text in zip(rows, texts, strict=True):
             try:
@@ -199,11 +205,11 @@ class _Reader:
                 asked.append((row, *self._asked(row.value, text)))
             except BadRow as problem:
                 self.problems.append(f"{row.where}: {problem}")
-        talks = [(messages, self._tools(row)) for row, messages, plain, _ in asked if not plain]
+        talks = [(sample.messages[:-1], sample.tools) for _, sample, _ in asked if sample.messages]
         rendered = iter(self.encoder.renders(talks) if talks else [])
-        for row, messages, plain, answer in asked:
-            if plain:
-                tokens = [*self.encoder.prefix, *self.encoder.ids(plain)]
+        for row, sample, answer in asked:
+            if not sample.messages:
+                tokens = [*self.encoder.prefix, *self.encoder.ids(sample.prompt)]
             else:
                 found = next(rendered)
                 if found.error:
@@ -222,15 +228,17 @@ class _Reader:
             if why := self.lack(facts):
                 self.problems.append(f"{row.where}: {why}")
                 continue
-            self.prompts.append(Prompt(row.where, plain or messages, np.array(tokens, dtype=np.int32), facts))
+            self.unused += sample.unused
+            talk, tools = (sample.messages[:-1], sample.tools) if sample.messages else (sample.prompt, ())
+            self.prompts.append(Prompt(row.where, talk, np.array(tokens, dtype=np.int32), facts, tools))
 
     def _templated(self, rows: Sequence[Row]) -> list[str]:
         """The recipe's own template over each row; '' where a row cannot be read."""
         jobs = [Job(self.spec.template or "", row.value or {}, strict=row.value is not None) for row in rows]
         return [r.error and f"\0{r.error}" or r.text for r in worker(self.encoder.now).render(jobs)]
 
-    def _asked(self, row: dict[str, Any], text: str) -> tuple[tuple[dict[str, Any], ...], str, Any]:
-        """(messages, the prompt as plain text or '' for a conversation, the row's own answer or None). BadRow where there is none."""
+    def _asked(self, row: dict[str, Any], text: str) -> tuple[Sample, Any]:
+        """(the prompt, with an answer or what stands in for it; the row's own answer or None). BadRow where there is none."""
         answer: Any = None
         if self.format == "template":
             if text.startswith("\0"):
@@ -250,17 +258,12 @@ class _Reader:
             row = _answered(row)
         sample = to_sample(row | {"weight": None}, "completion" if self.format == "template" else self.format)
         if sample.kind == "completion":
-            turns = [{"role": "user", "content": sample.prompt}]
             wanted = self.format == "template" if self.spec.chat is None else self.spec.chat
-            return tuple(turns), "" if wanted else sample.prompt, answer
+            return conversed(sample) if wanted else sample, answer
         if sample.kind != "chat":
             raise BadRow(f"format: {self.format} holds no prompts")
-        *turns, last = sample.messages
-        return tuple(turns), "", answer if answer is not None or last["content"] == STAND_IN else last["content"]
-
-    def _tools(self, row: Row) -> list[dict[str, Any]]:
-        value = (row.value or {}).get("tools")
-        return value if isinstance(value, list) else []
+        last = sample.messages[-1]["content"]
+        return sample, answer if answer is not None or last in ("", STAND_IN) else last
 
 
 def _answered(row: dict[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,9 @@
     {"prompt": ..., "answers": [...], "ranks": [1, 3, 2]}      K answers; ranks may be equal; without them the best comes first
     {"prompt": ..., "completion": ..., "label": true}          one answer, desired or not
 
-The prompt is a text or turns, under `prompt`, `messages` or `conversations`, or alpaca's `instruction` and `input`. An answer is a
-text, a turn, or turns; where answers are whole conversations (as texts, with "Human:" and "Assistant:"), the prompt is what they
-have in common, and they must not part before an answer.
+The prompt is a text or turns, under `prompt`, `messages` or `conversations`, or alpaca's `instruction`, `input` and `history`. An
+answer is a text, a turn, or turns; where answers are whole conversations (as texts, with "Human:" and "Assistant:"), the prompt is
+what they have in common, and they must not part before an answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fettle.data.formats import Sample, conversation, maybe, text_of, weight_of
+from fettle.data.formats import Sample, alpaca_turns, completed, conversation, text_of, weight_of
 from fettle.data.parse import BadRow, kind_of
 
 MOST = 16  # answers to one prompt
@@ -102,7 +102,7 @@ def _answers(row: dict[str, Any], values: Sequence[Any], names: Sequence[str]) -
     if prompt is None:
         raise BadRow("the key 'prompt' is missing")
     if isinstance(prompt, str) and all(isinstance(v, str) for v in values):
-        return [Sample(prompt=prompt, completion=text_of({n: v}, n)) for v, n in zip(values, names, strict=True)]
+        return [completed(prompt, text_of({n: v}, n), row) for v, n in zip(values, names, strict=True)]
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt)
     return [_talk(turns, _as_turns(v, n), row) for v, n in zip(values, names, strict=True)]
 
@@ -113,8 +113,7 @@ def _prompt(row: dict[str, Any]) -> str | list[Any] | None:
         if isinstance(row.get(key), list):
             return row[key]  # type: ignore[no-any-return]
     if "instruction" in row:
-        more = maybe(row, "input")
-        return [{"role": "user", "content": text_of(row, "instruction") + (f"\n\n{more}" if more.strip() else "")}]
+        return alpaca_turns(row)
     return text_of(row, "prompt", empty=True) if "prompt" in row else None
 
 

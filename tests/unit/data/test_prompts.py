@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fettle.core.errors import FettleError
-from fettle.data import DataSpec
+from fettle.data import DataSpec, prepare
+from fettle.data.preference import Preference
 from fettle.data.prompts import Prompts, read_prompts
 from fettle.feedback.rewards import LengthReward, NumberReward, SumReward, Term
 
@@ -70,6 +71,73 @@ def test_turns_before_the_question_stay(tmp_path: Path, tokenizer: Any) -> None:
     talk = [ASK, SAID, {"role": "user", "content": "And 3 + 3?"}, {"role": "assistant", "content": "6"}]
     asked, text, answer = only(tmp_path, {"messages": talk}, tokenizer)
     assert asked == tuple(talk[:3]) and answer == "6" and text.endswith("And 3 + 3?<|im_end|>\n<|im_start|>assistant\n")
+
+
+OTHER, ADD = {"role": "assistant", "content": "5"}, {"name": "add", "parameters": {}}
+ASKING: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    # (the prompt, with its answer, what the recipe says)
+    "messages": ({"messages": [ASK]}, {"messages": [ASK, SAID]}, {}),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "2 + 2?"}]},
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]}, {},
+    ),
+    "alpaca": ({"instruction": "2 + 2?"}, {"output": "4"}, {}),
+    "alpaca, with old turns": ({"instruction": "2 + 2?", "history": [["1 + 1?", "2"]]}, {"output": "4"}, {}),
+    "turns": ({"prompt": [ASK]}, {"completion": [SAID]}, {}),
+    "texts": ({"prompt": "2 + 2?"}, {"completion": "4"}, {"chat": True}),
+}  # fmt: skip
+BESIDE: dict[str, dict[str, Any]] = {
+    "nothing": {}, "a system turn": {"system": "Be short."}, "tools": {"tools": [{"type": "function", "function": ADD}]},
+    "bare tools": {"tools": [ADD]}, "tools as text": {"tools": json.dumps([ADD])}, "functions": {"functions": [ADD]},
+    "functions beside no tools": {"functions": json.dumps([ADD]), "tools": None, "system": "Be short."},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("form", ASKING)
+def test_what_is_asked_is_what_tuning_and_preferences_ask(
+    form: str, beside: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    """The law of all three: a row's prompt is the same tokens, whatever is learned from its answers."""
+    (prompt, answer, spec), more = ASKING[form], BESIDE[beside]
+    path = lambda row, name: DataSpec(path=file(tmp_path, [row | more], name), **spec)  # noqa: E731
+    (asked,) = read_prompts([path(prompt, "rl.jsonl")], tokenizer, 1000).sources[0]
+    cut = len(asked.tokens)
+    tuned = prepare([path(prompt | answer, "sft.jsonl")], tokenizer, 1024).example(0).nodes[0]
+    compared = path(prompt | {"chosen": SAID, "rejected": OTHER}, "dpo.jsonl")
+    if form == "texts":
+        compared = path(prompt | {"chosen": "4", "rejected": "5"}, "dpo.jsonl")
+    shared, *answers = prepare([compared], tokenizer, 1024, form=Preference()).example(0).nodes
+    paths = [[*shared.tokens.tolist(), *node.tokens.tolist()] for node in answers]
+    for tokens, said in zip([tuned.tokens.tolist(), *paths], ("4", "4", "5"), strict=True):
+        assert tokens[:cut] == asked.tokens.tolist() and tokenizer.decode(tokens[cut:]).strip() == f"{said}<|im_end|>"
+    text = tokenizer.decode(asked.tokens.tolist())
+    assert ("Be short." in text) == ("system" in more) and ("1 + 1?" in text) == ("history" in prompt)
+    assert asked.tools == (({"type": "function", "function": ADD},) if "tools" in more or "functions" in more else ())
+    assert text.count('{"name":"add","parameters":{}}') == len(asked.tools)
+
+
+@pytest.mark.parametrize("more", [{"system": "Be short."}, {"tools": [ADD]}, {"system": " ", "tools": "[]"}])
+def test_what_a_text_has_no_place_for_is_told(more: dict[str, Any], tmp_path: Path, tokenizer: Any) -> None:
+    rows = {
+        "rl": {"prompt": "2 + 2?"}, "sft": {"prompt": "2 + 2?", "completion": "4"},
+        "dpo": {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+    }  # fmt: skip
+    specs = {name: DataSpec(path=file(tmp_path, [row | more], f"{name}.jsonl")) for name, row in rows.items()}
+    found = read_prompts([specs["rl"]], tokenizer, 100)
+    assert tokenizer.decode(found.at(0).tokens.tolist()) == "2 + 2?" and found.at(0).tools == ()
+    notes = {
+        "rl": found.notes, "sft": prepare([specs["sft"]], tokenizer, 64).notes,
+        "dpo": prepare([specs["dpo"]], tokenizer, 64, form=Preference()).notes,
+    }  # fmt: skip
+    for name, spec in specs.items():
+        told = [note for note in notes[name] if note.startswith(f"{spec.path}: 1 rows have 'system' or 'tools' beside")]
+        assert len(told) == (more["tools"] != "[]" if "tools" in more else 1)
+
+
+def test_a_call_is_no_answer_of_the_row(tmp_path: Path, tokenizer: Any) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    assert only(tmp_path, {"messages": [ASK, call]}, tokenizer)[2] is None
 
 
 def test_bad_rows_are_named(tmp_path: Path, tokenizer: Any) -> None:
