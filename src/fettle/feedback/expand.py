@@ -1,14 +1,16 @@
 """Records to preference data: pairs, rankings and labels of single answers, grouped by prompt.
 
 What people said of single answers is a ranking too: of two answers to one prompt by one labeler, the one with the better value
-(yes before no, the higher number, fewer rules violated) is preferred. So all kinds of records take one way to pairs.
+(yes before no, the higher number, fewer rules violated) is preferred. So all kinds of records take one way to pairs. Two answers
+are compared by the rules that this labeler judged of both: what was skipped, or never reached, says nothing of an answer.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +72,37 @@ def orders(records: Sequence[Record], by: str = "ranking") -> list[Order]:
 
 
 def _of_values(records: Sequence[Record], by: str) -> list[Order]:
-    """Two answers or more with a value, by labeler and prompt."""
-    groups: dict[tuple[str, str], dict[str, tuple[Answer, float, Record]]] = defaultdict(dict)
+    """By labeler and prompt: one order of all answers with the same rules judged, and one of any two with others in common."""
+    groups: dict[tuple[str, str], dict[str, _Judged]] = defaultdict(dict)
     for record in records:
-        if (cost := _cost(record, by)) is None:
-            continue
-        assert isinstance(record, Question | Verdict)
-        group = groups[record.labeler, record.prompt_id]
-        before = group[record.answer.text][1] if record.answer.text in group else 0.0
-        group[record.answer.text] = (record.answer, before + cost, record)
-    return [
-        Order(next(iter(g.values()))[2], tuple(a for a, _, _ in g.values()), tuple(c for _, c, _ in g.values()))
-        for g in groups.values() if len(g) > 1
-    ]  # fmt: skip
+        if (cost := _cost(record, by)) is not None:
+            assert isinstance(record, Question | Verdict)
+            about = record.rule if isinstance(record, Verdict) else by
+            group = groups[record.labeler, record.prompt_id]
+            group.setdefault(record.answer.text, _Judged(record, {})).costs[about] = cost
+    found = []
+    for group in groups.values():
+        alike: dict[frozenset[str], list[_Judged]] = defaultdict(list)
+        for judged in group.values():
+            alike[frozenset(judged.costs)].append(judged)
+        found += [_order(some, rules) for rules, some in alike.items() if len(some) > 1]
+        for (one, some), (other, others) in combinations(alike.items(), 2):
+            found += [_order(two, one & other) for two in product(some, others) if one & other]
+    return found
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What a labeler said of an answer: a cost for each rule, or for the question."""
+
+    record: Question | Verdict
+    costs: dict[str, float]
+
+
+def _order(some: Sequence[_Judged], rules: frozenset[str]) -> Order:
+    """Answers by what they cost under rules that all of them were judged by."""
+    answers = tuple(judged.record.answer for judged in some)
+    return Order(some[0].record, answers, tuple(sum(judged.costs[rule] for rule in rules) for judged in some))
 
 
 def _cost(record: Record, by: str) -> float | None:
@@ -97,21 +117,23 @@ def _cost(record: Record, by: str) -> float | None:
 def pairs(records: Sequence[Record], by: str = "ranking", *, majority: bool = False) -> list[Pair]:
     """Every pair of answers of which one is better, those of a prompt together; ties give none.
 
-    Each labeler's pairs stand by themselves, or with `majority` what most of them say, once.
+    Each labeler's pairs stand by themselves, or with `majority` what more than half of those say who compared the two, once.
     """
     votes: dict[tuple[str, str, str], list[Order]] = defaultdict(list)
+    voters: Counter[tuple[str, frozenset[str]]] = Counter()
     for order in orders(records, by):
+        prompt, texts = order.record.prompt_id, [answer.text for answer in order.answers]
         for i, j in order.pairs:
+            voters[prompt, frozenset((texts[i], texts[j]))] += 1
             if order.places[i] != order.places[j]:
                 better, worse = (i, j) if order.places[i] < order.places[j] else (j, i)
-                key = (order.record.prompt_id, order.answers[better].text, order.answers[worse].text)
-                votes[key].append(order)
+                votes[prompt, texts[better], texts[worse]].append(order)
     found: list[Pair] = []
     for (prompt, chosen, rejected), said in votes.items():
         opposed = len(votes.get((prompt, rejected, chosen), ()))
         names = [order.record.labeler for order in said]
         groups = [names] if majority else [[name] for name in names]
-        if majority and len(said) <= opposed:
+        if majority and 2 * len(said) <= voters[prompt, frozenset((chosen, rejected))]:
             continue
         found += [
             Pair(prompt, said[0].record.asked, chosen, rejected, (len(said), opposed), tuple(group))
@@ -139,10 +161,14 @@ def rankings(records: Sequence[Record], by: str = "ranking") -> list[dict[str, A
 def labels(records: Sequence[Record], by: str) -> list[dict[str, Any]]:
     """Single answers that are desired or not: by a yes-or-no question, or by the 'rules' (desired: none is violated).
 
-    An answer for which a labeler is unsure of a rule, and violates none, gives no row.
+    An answer that violates no rule gives a row where the labeler said "not" of every rule that the prompt's records name: one
+    that was skipped or never reached, or of which the labeler is unsure, may be violated.
     """
-    judged: dict[tuple[str, str, str], list[Record]] = defaultdict(list)
+    rules: dict[str, set[str]] = defaultdict(set)
+    judged: dict[tuple[str, str, str], list[Question | Verdict]] = defaultdict(list)
     for record in records:
+        if isinstance(record, Verdict):
+            rules[record.prompt_id].add(record.rule)
         if _cost(record, by) is not None:
             assert isinstance(record, Question | Verdict)
             if isinstance(record, Question) and record.question.type != "yes_no":
@@ -156,13 +182,22 @@ def labels(records: Sequence[Record], by: str) -> list[dict[str, Any]]:
         raise FettleError(f"feedback: no record judges a single answer by '{by}'; {nearest(by, asked - {by})}")
     rows = []
     for (labeler, prompt, text), said in judged.items():
-        costs = [_cost(record, by) for record in said]
-        if isinstance(said[0], Verdict) and 0.5 in costs and 1.0 not in costs:
+        desired = _desired(said, rules[prompt])
+        if desired is None:
             continue
-        desired = max(costs) <= 0 if isinstance(said[0], Verdict) else costs[0] != 0  # type: ignore[type-var, operator]
         given = {"completion": text, "label": desired, "labelers": [labeler]}
         rows.append({"prompt_id": prompt, **said[0].asked, **given})
     return rows
+
+
+def _desired(said: Sequence[Question | Verdict], rules: set[str]) -> bool | None:
+    """Whether an answer is desired by what a labeler said of it; None where that leaves it open."""
+    verdicts = {record.rule: record.verdict for record in said if isinstance(record, Verdict)}
+    if not verdicts:
+        return bool(said[0].value)  # type: ignore[union-attr]
+    if "violated" in verdicts.values():
+        return False
+    return True if rules == {rule for rule, verdict in verdicts.items() if verdict == "not"} else None
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> int:

@@ -41,13 +41,52 @@ def test_pairs_of_a_prompt_stand_together_in_the_order_of_the_prompts() -> None:
 
 
 def test_each_labelers_pairs_or_the_majoritys() -> None:
-    said = records(
-        ranking([1, 2]), ranking([1, 2], labeler="bo"), ranking([2, 1], labeler="cy"), ranking([1, 1], labeler="di")
-    )
+    said = records(ranking([1, 2]), ranking([1, 2], labeler="bo"), ranking([2, 1], labeler="cy"))
     assert [(p.chosen[-1], p.labelers) for p in pairs(said)] == [("a", ("ada",)), ("a", ("bo",)), ("b", ("cy",))]
     (most,) = pairs(said, majority=True)
     assert (most.chosen[-1], most.votes, most.labelers) == ("a", (2, 1), ("ada", "bo"))
     assert pairs(said[1:], majority=True) == []  # one against one
+
+
+@given(st.lists(st.sampled_from([(1, 2), (2, 1), (1, 1)]), min_size=1, max_size=7))
+def test_a_majority_is_more_than_half_of_all_who_compared(ranks: list[tuple[int, int]]) -> None:
+    said = records(*(ranking([*places], labeler=f"l{i}") for i, places in enumerate(ranks)))
+    for better, places in (("a", (1, 2)), ("b", (2, 1))):
+        found = [pair for pair in pairs(said, majority=True) if pair.chosen[-1] == better]
+        assert len(found) == (2 * ranks.count(places) > len(ranks))
+        assert all(pair.votes == (ranks.count(places), ranks.count(places[::-1])) for pair in found)
+
+
+SAYS = st.sampled_from(["not", "unsure", "violated", "skipped", "never reached"])
+
+
+@given(st.lists(st.tuples(SAYS, SAYS, SAYS), min_size=2, max_size=4))
+def test_answers_are_compared_and_desired_by_the_rules_that_were_judged(table: list[tuple[str, str, str]]) -> None:
+    """Of ada, against a count by hand; bo names all three rules."""
+    rows = [verdict("violated", answer="z", rule=f"r{k}", labeler="bo") for k in range(3)]
+    for answer, said in zip("abcd", table, strict=False):
+        for k, one in enumerate(said):
+            if one != "never reached":
+                row = verdict(one, answer=answer, rule=f"r{k}")
+                rows.append(row if one != "skipped" else {**row, "verdict": None, "skipped": True})
+    cost, better, desired = {"not": 0.0, "unsure": 0.5, "violated": 1.0}, set(), {}
+    for one, mine in zip("abcd", table, strict=False):
+        for other, theirs in zip("abcd", table, strict=False):
+            both = [(cost[m], cost[t]) for m, t in zip(mine, theirs, strict=True) if m in cost and t in cost]
+            if sum(m for m, _ in both) < sum(t for _, t in both):
+                better.add((one, other))
+        if "violated" in mine or set(mine) == {"not"}:
+            desired[one] = "violated" not in mine
+    said_of = records(*rows)
+    ada = [record for record in said_of if record.labeler == "ada"]
+    if any("not" in row or "unsure" in row or "violated" in row for row in table):
+        found = [row for row in labels(said_of, "rules") if row["labelers"] == ["ada"]]
+        assert {row["completion"][-1]: row["label"] for row in found} == desired
+    if better:
+        assert sorted((p.chosen[-1], p.rejected[-1]) for p in pairs(ada, "rules")) == sorted(better)
+        ranked = [list(zip(row["answers"], row["ranks"], strict=True)) for row in rankings(ada, "rules")]
+        ordered = [(a[-1], b[-1]) for row in ranked for a, i in row for b, j in row if i < j]
+        assert sorted(ordered) == sorted(better)
 
 
 def test_what_is_said_of_single_answers_is_an_order_too() -> None:

@@ -28,7 +28,7 @@ def labels(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(("arguments", "rows"), [
-    (["pairs"], 6), (["pairs", "--majority"], 4), (["pairs", "--without", "bo"], 2), (["rankings"], 3),
+    (["pairs"], 6), (["pairs", "--majority"], 3), (["pairs", "--without", "bo"], 2), (["rankings"], 3),
     (["labels", "--by", "Helpful?"], 1),
 ])  # fmt: skip
 def test_rows_are_written(
