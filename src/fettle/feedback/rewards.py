@@ -11,22 +11,26 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from fettle.core.spec import Spec, one_of
-from fettle.evaluate.metrics import WORD, best, last_number
+from fettle.evaluate.metrics import NUMBER, WORD, best, last_number
 from fettle.feedback.functions import call
 from fettle.feedback.functions import reward_function as reward_function
 from fettle.feedback.judge import JudgeReward as JudgeReward
 from fettle.feedback.model import ModelReward as ModelReward
-from fettle.feedback.reward import Asked, Scores, lacks
+from fettle.feedback.reward import Asked, Scores, lacks, short
 from fettle.feedback.reward import Means as Means
 from fettle.feedback.reward import Reward as Reward
 from fettle.feedback.rules import RulesReward as RulesReward
 from fettle.feedback.rules import compiled
+
+# A number that is part of an expression: a fraction, a power, a root, a number of another base.
+PART = re.compile(r"(?:[/^\u221a]|sqrt\W?)\s*[-+.]?\d|\d\s*(?:[/^]|[\u00b2\u00b3\u00b9\u2070-\u208e])")
 
 
 class FunctionReward(Reward):
@@ -86,7 +90,8 @@ class MetricReward(Reward):
 class NumberReward(Reward):
     """The verifier of arithmetic: 1 where the last number of the answer is that of the row's answer, else 0.
 
-    "1,250.50", "-3", "6e2" and full-width digits are numbers; two are the same within one part in a million.
+    "1,250.50", "-3", "6e2" and full-width digits are numbers; two are the same within one part in a million. A row's answer is one
+    number, with words around it or not; a worked solution gives it behind "####".
     """
 
     kind: Literal["number"] = "number"
@@ -101,8 +106,21 @@ class NumberReward(Reward):
         """A row needs a number."""
         if why := lacks(self.title, row, self.column):
             return why
-        bare = next((text for text in _references(row[self.column]) if last_number(text) is None), None)
-        return None if bare is None else f"reward '{self.title}': '{self.column}' has no number in {bare!r:.60}"
+        for text in _references(row[self.column]):
+            if last_number(text) is None:
+                return f"reward '{self.title}': '{self.column}' has no number in {text!r:.60}"
+            if not _one_number(text):
+                return (
+                    f"reward '{self.title}': '{self.column}' is not one plain number in {short(text)!r}, and an answer that ends "
+                    "with its last one would count as right; give the number alone, or behind ####"
+                )
+        return None
+
+
+def _one_number(text: str) -> bool:
+    """Whether a right answer, from its last #### on, has a single number, that is no part of an expression."""
+    final = text.rpartition("####")[2]
+    return len(NUMBER.findall(unicodedata.normalize("NFKC", final))) == 1 and not PART.search(final)
 
 
 def _references(value: Any) -> list[str]:

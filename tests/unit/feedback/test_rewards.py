@@ -44,6 +44,23 @@ def test_a_number_is_verified_however_it_is_written() -> None:
     assert found == [1, 1, 0, 1, 1, 0, 1, 1]
 
 
+SURE = [
+    "4", 4, 4.0, 1e22, "-3", "\u22123", "$1,250.50", "６００", "72 apples", "The answer is 72.", "答案：10", "x=5", "**4.0**", r"\boxed{72}",
+    "48/2 = 24 in May, 48+24 = <<48+24=72>>72\n#### 72", "#### 1,000", ["4", "four, or 4"],
+]  # fmt: skip
+UNSURE = [
+    "1/2", r"\frac{3}{4}", "½", "1/x", "km/2", "10²", "10⁻³", "2^10", "x^2", "√2", r"\sqrt{2}", "101₂", "12,34", "1 000", "1,000,00", "3:30",
+    "10-5", "3–5", "2 or 3", "48/2 = 24", "so 24\n#### 1/2", ["4", "1/2"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("reference", "sure"), [(r, True) for r in SURE] + [(r, False) for r in UNSURE])
+def test_a_right_answer_is_one_number(reference: Any, sure: bool) -> None:
+    """Of two numbers, or of a part of an expression, the last would count as right: 'It is 2.' for 1/2."""
+    why = NumberReward().lack({"answer": reference})
+    assert why is None if sure else why is not None and "'answer' is not one plain number in '" in why
+
+
 def test_length_is_free_within_bounds() -> None:
     found = LengthReward(least=2, most=4, per=2).score(["p"] * 5, ["", "one", "one two", "1 2 3 4", "一二三四五 six"])
     assert found == [-1, -0.5, 0, 0, -1]
