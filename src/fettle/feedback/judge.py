@@ -193,9 +193,9 @@ class JudgeReward(Reward):
         """By comparison in both orders, or by grade."""
         engine = self.judge.find(asked.means)
         if self.against is None:
-            return [(g - 1) / 9 for g in grade(self.judge, engine, asked.prompts, asked.answers)]
+            return [(g - 1) / 9 for g in grade(self.judge, engine, asked.spelled, asked.answers)]
         others = [str(other) for other in asked.facts[self.against]]
-        return [c.score for c in compare(self.judge, engine, asked.prompts, asked.answers, others)]
+        return [c.score for c in compare(self.judge, engine, asked.spelled, asked.answers, others)]
 
     def lack(self, row: Mapping[str, Any]) -> str | None:
         """A row needs the answer to compare with, where there is to be one."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fettle.core.errors import FettleError
-from fettle.feedback.reward import Asked, Reward
+from fettle.feedback.reward import Asked, Reward, Tools
 
 if TYPE_CHECKING:
     from fettle.core.batch import Example
@@ -36,7 +36,7 @@ class ModelReward(Reward):
         """The head's number for each answer."""
         if self.path not in asked.means.forests:
             raise FettleError(f"reward '{self.path}': the reward model is not open; give it in Means.forests")
-        return model_scores(asked.means.forests[self.path], asked.prompts, asked.answers, self.path)
+        return model_scores(asked.means.forests[self.path], asked.prompts, asked.answers, self.path, asked.offered)
 
     def models(self) -> tuple[str, ...]:
         """The reward model."""
@@ -44,9 +44,10 @@ class ModelReward(Reward):
 
 
 def model_scores(
-    forest: Forest, prompts: Sequence[Prompt], answers: Sequence[str], name: str = "reward model"
-) -> list[float]:
-    """What a model with a head of one number gives each answer, in order.
+    forest: Forest, prompts: Sequence[Prompt], answers: Sequence[str], name: str = "reward model",
+    offered: Sequence[Tools] | None = None,
+) -> list[float]:  # fmt: skip
+    """What a model with a head of one number gives each answer, in order; `offered` are the tools of each prompt.
 
     FettleError where it has no such head, or an answer with its prompt is longer than it can see.
     """
@@ -57,7 +58,7 @@ def model_scores(
     from fettle.models.roles import evaluating
 
     require_head(forest, name)
-    paths = _encoded(Encoder(forest.tokenizer).plain(), prompts, answers, name)
+    paths = _encoded(Encoder(forest.tokenizer).plain(), prompts, answers, name, offered or [()] * len(answers))
     for i, path in enumerate(paths):
         if forest.context is not None and len(path.tokens) > forest.context:
             raise FettleError(
@@ -81,16 +82,18 @@ def require_head(forest: Forest, name: str) -> None:
         )
 
 
-def _encoded(encoder: Encoder, prompts: Sequence[Prompt], answers: Sequence[str], name: str) -> list[Encoded]:
-    """Each prompt with its answer as tokens, of which the answer's are marked."""
+def _encoded(
+    encoder: Encoder, prompts: Sequence[Prompt], answers: Sequence[str], name: str, offered: Sequence[Tools]
+) -> list[Encoded]:
+    """Each prompt, and the tools it offers, with its answer as tokens, of which the answer's are marked."""
     from fettle.data.formats import Sample
     from fettle.data.template import Encoded
 
     samples, bare = [], {}
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    for i, (prompt, answer, tools) in enumerate(zip(prompts, answers, offered, strict=True)):
         if not isinstance(prompt, str):
             turns: tuple[dict[str, Any], ...] = (*map(dict, prompt), {"role": "assistant", "content": answer})
-            samples.append(Sample(messages=turns, weights=(*[0.0] * len(prompt), 1.0)))
+            samples.append(Sample(messages=turns, tools=tuple(tools), weights=(*[0.0] * len(prompt), 1.0)))
         elif answer:
             samples.append(Sample(prompt=prompt, completion=answer))
         else:  # the end came at once

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from fettle.core.errors import FettleError
 from fettle.core.spec import Spec, nearest
+from fettle.data.tools import spelled_out
 
 if TYPE_CHECKING:
     from fettle.generate.protocol import Engine, Prompt
     from fettle.models.forest import Forest
+
+Tools = Sequence[dict[str, Any]]  # of one prompt, as templates take them
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,32 @@ class Means:
 
 @dataclass(frozen=True)
 class Asked:
-    """N answers to be rewarded, each with its prompt, and the facts of its row (`answer`: the right one)."""
+    """N answers to be rewarded, each with its prompt, and the facts of its row (`answer`: the right one).
+
+    `offered` are the tools of each prompt.
+    """
 
     prompts: Sequence[Prompt]
     answers: Sequence[str]
     means: Means
     facts: Mapping[str, Sequence[Any]]
+    offered: Sequence[Tools] = ()
+
+    @property
+    def spelled(self) -> list[Prompt]:
+        """The prompts with tools and calls in their texts: for a judge, whose own template knows nothing of them."""
+        return [spelled(prompt, tools) for prompt, tools in zip(self.prompts, self.offered, strict=True)]
 
     def quoted(self, i: int) -> str:
         """Answer i as an error names it: the prompt it is for, and the answer."""
         prompt = self.prompts[i]
         said = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
         return f"the answer {short(self.answers[i])!r} to {short(said)!r}"
+
+
+def spelled(prompt: Prompt, tools: Tools) -> Prompt:
+    """A prompt with its tools and their calls written into its texts."""
+    return prompt if isinstance(prompt, str) else spelled_out([dict(turn) for turn in prompt], tools, "")[0]
 
 
 def short(text: str, most: int = 60) -> str:
@@ -57,22 +74,25 @@ class Reward(Spec):
     """A number for each answer; more is better."""
 
     def score(
-        self, prompts: Sequence[Prompt], answers: Sequence[str], means: Means | None = None, **facts: Sequence[Any]
-    ) -> list[float]:
-        """One finite number an answer. `facts` are columns of the data, one value an answer.
+        self, prompts: Sequence[Prompt], answers: Sequence[str], means: Means | None = None,
+        offered: Sequence[Tools] | None = None, **facts: Sequence[Any],
+    ) -> list[float]:  # fmt: skip
+        """One finite number an answer. `facts` are columns of the data, one value an answer; `offered` the tools of each prompt.
 
         FettleError where a column is missing, the count is wrong, or a number is not finite.
         """
-        return self.scores(prompts, answers, means, **facts).total
+        return self.scores(prompts, answers, means, offered, **facts).total
 
     def scores(
-        self, prompts: Sequence[Prompt], answers: Sequence[str], means: Means | None = None, **facts: Sequence[Any]
-    ) -> Scores:
+        self, prompts: Sequence[Prompt], answers: Sequence[str], means: Means | None = None,
+        offered: Sequence[Tools] | None = None, **facts: Sequence[Any],
+    ) -> Scores:  # fmt: skip
         """As `score`, with the parts of a sum."""
-        for name, column in (("prompts", prompts), *facts.items()):
+        offered = [()] * len(prompts) if offered is None else offered
+        for name, column in (("prompts", prompts), ("tools", offered), *facts.items()):
             if len(column) != len(answers):
                 raise FettleError(f"reward '{self.title}': {len(column)} {name} for {len(answers)} answers")
-        asked = Asked(prompts, answers, means or Means(), facts)
+        asked = Asked(prompts, answers, means or Means(), facts, offered)
         for i in range(len(answers)):
             if why := self.lack({name: column[i] for name, column in facts.items()}):
                 raise FettleError(f"{why}, for {asked.quoted(i)}")

@@ -64,9 +64,10 @@ class RulesReward(Reward):
         broken = [[float(rule.checkable and rule.violated(answer)) for rule in self.rules] for answer in asked.answers]
         open_ = [(i, j) for i in range(len(broken)) for j, rule in enumerate(self.rules) if not rule.checkable]
         if self.judge is not None and open_:
+            prompts = asked.spelled
             found = violations(
                 self.judge, self.judge.find(asked.means), [self.rules[j].says for _, j in open_],
-                [asked.prompts[i] for i, _ in open_], [asked.answers[i] for i, _ in open_],
+                [prompts[i] for i, _ in open_], [asked.answers[i] for i, _ in open_],
             )  # fmt: skip
             for (i, j), value in zip(open_, found, strict=True):
                 broken[i][j] = value

@@ -32,7 +32,7 @@ from fettle.data.prompts import Prompt, read_prompts
 from fettle.evaluate.divergence import divergences
 from fettle.evaluate.interval import Score, mean_interval, whisker
 from fettle.feedback.judge import Judge
-from fettle.feedback.reward import Scores
+from fettle.feedback.reward import Scores, spelled
 from fettle.feedback.rewards import AnyReward, Means
 from fettle.feedback.win_rate import WinRate, by_judge, of_rewards
 from fettle.generate import Sampling, generate
@@ -172,7 +172,7 @@ class Versus(Stage):
         each, texts = [p for p in prompts for _ in range(n)], [c.text for c in written]
         columns = dict.fromkeys(key for p in prompts for key in p.facts if key not in APART)
         facts = {key: [p.facts.get(key) for p in each] for key in columns}
-        scores = self.reward.scores([p.asked for p in each], texts, means, **facts)
+        scores = self.reward.scores([p.asked for p in each], texts, means, [p.tools for p in each], **facts)
         kl = None
         if forest is not start:
             grouped = [[c.tokens for c in written[i : i + n]] for i in range(0, len(written), n)]
@@ -188,7 +188,7 @@ class Versus(Stage):
         if start is not None:
             wins = of_rewards(made.scores.total, start.scores.total, made.texts, start.texts)
             if self.judge is not None:
-                asked = [p.asked for p in made.prompts]
+                asked = [spelled(p.asked, p.tools) for p in made.prompts]
                 judged = by_judge(self.judge, self.engines[self.judge.engine], asked, made.texts, start.texts)
         return Standing(name, rewards, kl, wins, judged, sum(made.lengths) / len(made.lengths))
 

@@ -135,6 +135,27 @@ def test_conversations_and_own_instructions_reach_the_judge() -> None:
     assert "[What is asked]\nsystem: Be brief.\n\nuser: Hello?\n[end of What is asked]" in asked[0][1]["content"]
 
 
+def test_tools_and_calls_reach_the_judge() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    talk = [
+        {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "4"},
+    ]  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    rules = RulesReward(rules=(Rule(says="Be kind."),), judge=JUDGE)
+    for reward, said in (
+        (JudgeReward(judge=JUDGE), "Grade: 5"), (JudgeReward(judge=JUDGE, against="other"), "Verdict: tie"),
+        (rules, "Rule: unsure"),
+    ):  # fmt: skip
+        engine = Scripted(lambda talk, said=said: said)  # type: ignore[misc]
+        reward.score([talk], ["Four."], Means(engines={"big": engine}), [tools], other=["Five."])
+        for asked in engine.asked[0][0]:
+            assert '{"name":"add","parameters":{}}' in asked[1]["content"] and "<tools>" in asked[1]["content"]
+            assert '{"name":"add","arguments":{"a":2}}' in asked[1]["content"] and "4" in asked[1]["content"]
+    with pytest.raises(FettleError, match="2 tools for 1 answers"):
+        rules.score([talk], ["Four."], Means(engines={"big": engine}), [tools, tools])
+
+
 def test_rules_without_a_pattern_are_judged_one_by_one() -> None:
     def say(talk: list[dict[str, str]]) -> str:
         text = talk[1]["content"]

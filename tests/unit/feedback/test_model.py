@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,16 +63,23 @@ def test_scores_are_those_of_each_text_alone(forest: Forest, monkeypatch: pytest
     np.testing.assert_allclose(model_scores(forest, prompts, answers), wanted, atol=2e-6)
 
 
-def test_the_text_is_that_of_training(forest: Forest) -> None:
+TOOLS = [{"type": "function", "function": {"name": "count", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("tools", [[], TOOLS])
+def test_the_text_is_that_of_training(tools: list[dict[str, Any]], forest: Forest) -> None:
     """What the form of preferences makes of a pair gives the same two scores."""
-    row = {"messages": OTHER, "chosen": "One, two", "rejected": "A short answer"}
+    row = {"messages": OTHER, "tools": tools, "chosen": "One, two", "rejected": "A short answer"}
     form = Preference()
     (encoded,) = form.encode(Encoder(forest.tokenizer, form=form), [to_sample(row, "preference")])
     assert not isinstance(encoded, str)
     example = form.example(encoded[0], len(encoded[0].tokens))
     with torch.no_grad():
         scores = forest.scores(pack([example], len(example), 0))[:, 0].tolist()
-    assert model_scores(forest, [OTHER] * 2, ["One, two", "A short answer"]) == pytest.approx(scores, abs=2e-6)
+    prompts, answers, means = [OTHER] * 2, ["One, two", "A short answer"], Means(forests={"rm": forest})
+    found = ModelReward(path="rm").score(prompts, answers, means, [tools, tools])
+    assert found == pytest.approx(scores, abs=2e-6)
+    assert (found == pytest.approx(model_scores(forest, prompts, answers), abs=2e-6)) == (not tools)
 
 
 def test_what_cannot_be_scored_is_told(forest: Forest, tiny_llama: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from fettle.core.errors import FettleError
+from fettle.feedback.rewards import LengthReward
 from fettle.models.critic import NAME, values_of
 from fettle.models.memory import worst_batch
 from fettle.stages.artifact import open_artifact
@@ -122,6 +123,22 @@ def test_a_shared_reward_model_scores_as_one_of_its_own(folder: Path, tiny_llama
     asked, answers = ["Count."] * 3, ["one", "two three", "no no no"]
     one, other = model_scores(shared, asked, answers), model_scores(alone, asked, answers)
     assert one == pytest.approx(other, abs=1e-6) and len(set(one)) == 3
+
+
+def test_the_tools_of_a_prompt_reach_the_reward(
+    folder: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "Count."}], "tools": tools} for tools in ('[{"name": "add"}]', "")
+    ]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (recipe,) = read(folder, stage(folder, tiny_llama, batch={"tokens": 512})).stages
+    people, seen = recipe.cast(None), []
+    monkeypatch.setattr(LengthReward, "rate", lambda self, asked: seen.append(asked) or [0.0] * len(asked.answers))
+    prompts = recipe.prompts(people.policy).sources[0]
+    recipe.scorer(people)(prompts, ["one", "two"])
+    assert [[*tools] for tools in seen[0].offered] == [[{"type": "function", "function": {"name": "add"}}], []]
+    assert seen[0].facts["tools"] == ['[{"name": "add"}]', ""], "and functions have the column as it is"
 
 
 def test_a_critic_may_begin_as_the_reward_model(folder: Path, tiny_llama: Path) -> None:

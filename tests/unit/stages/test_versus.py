@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from fettle.core.errors import FettleError
+from fettle.data.prompts import Prompt
 from fettle.evaluate.interval import mean_interval
 from fettle.feedback import judge as judging
+from fettle.feedback.reward import Scores
 from fettle.generate.request import Completion
 from fettle.stages import versus as module
 from fettle.stages.pipeline import load_recipe, run
@@ -119,6 +122,21 @@ def test_a_judge_is_asked_in_both_orders(made: Path, tiny_llama: Path, monkeypat
         len(asked) == 12 and policy["judged"]["flips"] + policy["judged"]["ties"] >= 6
     )  # whoever stands first wins: all flip
     assert policy["judged"]["rate"]["mean"] == 0.5 and judging.PAIR[:20] in str(asked[0])
+
+
+def test_a_judge_reads_what_the_policy_was_offered(
+    made: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = {"url": "http://localhost:1/v1", "model": "m"}
+    (versus,) = read(made, stage(made, str(tiny_llama), judge={"engine": "big"}, engines={"big": endpoint})).stages
+    tool = {"type": "function", "function": {"name": "add"}}
+    prompt = Prompt("p.jsonl:1", ({"role": "user", "content": "2 + 2?"},), np.array([1]), {}, (tool,))
+    answered = module.Answered([prompt] * 4, ["a"] * 4, [1] * 4, Scores([1.0] * 4, {}), [0.0] * 4)
+    read_by: list[Any] = []
+    monkeypatch.setattr(module, "by_judge", lambda judge, engine, asked, *rest: read_by.extend(asked))
+    versus.standing("policy", answered, answered)
+    assert [[turn["role"] for turn in asked] for asked in read_by] == [["system", "user"]] * 4
+    assert '"function":{"name":"add"}' in read_by[0][0]["content"]
 
 
 @pytest.mark.parametrize(
