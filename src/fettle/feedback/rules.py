@@ -84,6 +84,6 @@ def compiled(pattern: str) -> str:
     """The pattern, which is a regular expression; ValueError where it is none."""
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"'{pattern}' is not a regular expression ({error})") from None
     return pattern

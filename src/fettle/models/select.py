@@ -61,7 +61,7 @@ def matches(pattern: str, name: str) -> bool:
         return True
     try:
         return re.fullmatch(pattern, name) is not None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise FettleError(f"targets: '{pattern}' is not a regular expression ({error})") from None
 
 

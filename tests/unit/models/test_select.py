@@ -9,7 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from fettle.core.errors import FettleError
-from fettle.models.select import linears, partly_matched
+from fettle.feedback.rules import compiled
+from fettle.models.select import linears, matches, partly_matched
 from fettle.models.weight import in_out, is_linear, read_weight, write_weight
 
 
@@ -103,3 +104,11 @@ def test_both_kinds_of_linear_layer_read_alike() -> None:
 def test_gpt2_is_made_of_turned_layers() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20))
     assert len(linears(model)) == 8 and len(linears(model, ["c_attn"])) == 2
+
+
+@pytest.mark.parametrize("pattern", ["(", "a{99999999999}", "(" * 5000 + ")" * 5000])
+def test_what_is_no_pattern_is_said(pattern: str) -> None:
+    with pytest.raises(FettleError, match="is not a regular expression"):
+        matches(pattern, "a")
+    with pytest.raises(ValueError, match="is not a regular expression"):
+        compiled(pattern)
