@@ -28,6 +28,7 @@ from fettle.generate.request import Completion, Reason, Sampling
 AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})  # answers that say: not now
 REASONS: dict[str, Reason] = {"stop": "end", "length": "length", "content_filter": "filter"}
 USUAL = Sampling()
+URL = "give the url up to the version, as https://host/v1"
 
 
 class Remote(Spec):
@@ -84,15 +85,8 @@ class Remote(Spec):
         self, missing: dict[str, tuple[str, dict[str, Any]]], answers: Answers, progress: Callable[[int], None] | None
     ) -> None:
         """Send the requests, `concurrency` at once, and keep each answer as it comes; the first failure ends it."""
-        httpx = _httpx()
-        secret = os.environ.get(self.key, "")
-        headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-        pool = httpx.Limits(max_connections=self.concurrency)
         left, done = list(missing.items())[::-1], 0
-        with (
-            httpx.Client(base_url=self.url.rstrip("/"), headers=headers, timeout=self.timeout, limits=pool) as client,
-            ThreadPoolExecutor(self.concurrency) as workers,
-        ):
+        with _client(self) as client, ThreadPoolExecutor(self.concurrency) as workers:
             under_way: dict[Future[dict[str, Any]], str] = {}
             failure: BaseException | None = None
             halt = threading.Event()  # whatever breaks this off, nobody sleeps on until it is time to ask again
@@ -127,6 +121,28 @@ class Remote(Spec):
         self._ledger.prompt_tokens += read
         self._ledger.answer_tokens += written
         self._ledger.cost += (read * self.price[0] + written * self.price[1]) / 1e6
+
+
+def _secret(variable: str) -> str:
+    """The key that an environment variable holds; FettleError, which does not show it, where no request can carry it."""
+    secret = os.environ.get(variable, "").strip()
+    if not (secret.isascii() and secret.isprintable()):
+        raise FettleError(
+            f"{variable}: the key in this environment variable has characters other than printable ASCII, which no request can "
+            "carry; set it to the key alone"
+        )
+    return secret
+
+
+def _client(remote: Remote) -> Any:
+    """What sends the requests, with the key in their head."""
+    httpx, secret = _httpx(), _secret(remote.key)
+    headers = {"Authorization": f"Bearer {secret}"} if secret else {}
+    pool = httpx.Limits(max_connections=remote.concurrency)
+    try:
+        return httpx.Client(base_url=remote.url.rstrip("/"), headers=headers, timeout=remote.timeout, limits=pool)
+    except httpx.InvalidURL as error:
+        raise FettleError(f"{remote.url}: {error}; {URL}") from None
 
 
 def _httpx() -> Any:
@@ -181,9 +197,12 @@ def _answer(remote: Remote, client: Any, halt: threading.Event, path: str, body:
 
 def _try(remote: Remote, client: Any, path: str, body: dict[str, Any]) -> tuple[dict[str, Any] | str, float | None]:
     """The answer, or what went wrong and the seconds that the endpoint asks for. FettleError where it refuses for good."""
+    httpx = _httpx()
     try:
         reply = client.post(path, json=body)
-    except _httpx().HTTPError as error:
+    except (httpx.LocalProtocolError, httpx.UnsupportedProtocol) as error:  # what it says may show a header
+        raise FettleError(f"{remote.url}: no request can be sent there ({type(error).__name__}); {URL}") from None
+    except httpx.HTTPError as error:
         return f"no answer ({type(error).__name__}: {error})", None
     if reply.status_code in AGAIN:
         return f"answered {reply.status_code} ({_said(reply)})", _pause(reply.headers.get("retry-after"))
@@ -236,10 +255,12 @@ def _pause(header: str | None) -> float | None:
 
 
 def _said(reply: Any) -> str:
-    """What an endpoint said of an error, or the beginning of whatever it said, on one line."""
+    """What an endpoint said of an error, or the beginning of whatever it said, on one line and without the key."""
     text = reply.text
     try:
         text = str(reply.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         pass
+    if secret := reply.request.headers.get("authorization", "").removeprefix("Bearer "):
+        text = text.replace(secret, "...")
     return shown(" ".join(text.split())[:200]) or "nothing"

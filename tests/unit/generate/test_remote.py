@@ -220,3 +220,37 @@ def test_log_probabilities_reasons_and_fields_besides() -> None:
     bodies = {said(body): body for _, body in server.seen}
     assert bodies["x"]["logprobs"] is True and bodies["text"]["logprobs"] == 0
     assert "max_tokens" not in bodies["x"] and bodies["x"]["max_completion_tokens"] == 9 and "seed" not in bodies["x"]
+
+
+@pytest.mark.parametrize("around", ["{}\r", "{}\r\n", " {}\t"])
+def test_what_stands_around_a_key_is_no_part_of_it(around: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", around.format("sk-123"))
+    server = Endpoint(echo)
+    with server.running() as url:
+        assert texts(Remote(url=url, model="m", key="A_KEY", retries=0).generate([talk("1")])) == ["<1>"]
+    assert server.headers[0]["Authorization"] == "Bearer sk-123"
+
+
+@pytest.mark.parametrize("key", ["sk-sécret", "sk-1\nsecret", "sk-\udcffsecret"])
+def test_a_key_that_no_request_can_carry_is_refused_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", key)
+    with pytest.raises(FettleError, match="^A_KEY: .* other than printable ASCII") as refused:
+        Remote(url="http://localhost:1/v1", model="m", key="A_KEY").generate([talk("1")])
+    assert "cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("status", [401, 429, 200])
+def test_a_key_that_an_endpoint_repeats_is_not_shown(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where what is shown of its answer ends in the middle of the key."""
+    monkeypatch.setenv("A_KEY", "sk-" + "7" * 300)
+    server = Endpoint(lambda s, *_: (status, {"error": {"message": f"no: {s.headers[0]['Authorization']}"}}, {}))
+    with server.running() as url:
+        with pytest.raises(FettleError, match=r"\(no: Bearer \.\.\.\)"):
+            Remote(url=url, model="m", key="A_KEY", retries=0).generate([talk("1")])
+
+
+@pytest.mark.parametrize("url", ["localhost:1/v1", "127.0.0.1:1/v1", "", "http://host:port/v1"])
+def test_what_is_no_url_is_not_asked_again(url: str) -> None:
+    with pytest.raises(FettleError, match="as https://host/v1") as refused:
+        Remote(url=url, model="m", retries=3).generate([talk("1")])
+    assert "in a row" not in str(refused.value)
