@@ -36,16 +36,18 @@ class Talk:
     sampling: Sampling
     messages: list[dict[str, str]] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
+    asked: int = 0  # questions of the whole session, so that each is answered by random numbers of its own
 
     def answer(self, text: str) -> Iterator[str]:
         """Say something; yields the answer piece by piece and remembers it. FettleError where it does not fit."""
         self.messages.append({"role": "user", "content": text})
-        said = ""
+        said, number = "", self.asked
+        self.asked += 1
         try:
             prompt, left_out = self._prompt()
             if left_out:
                 yield f"[the {left_out} oldest turns no longer fit and are left out] "
-            for piece in stream(self.forest, prompt, self.sampling, self.memory):
+            for piece in stream(self.forest, prompt, self.sampling, self.memory, number=number):
                 said += piece
                 yield piece
         finally:

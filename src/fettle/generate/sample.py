@@ -75,15 +75,20 @@ def answered(
 
 
 def stream(
-    forest: Forest, prompt: Sequence[int], sampling: Sampling | None = None, memory: Memory | None = None
+    forest: Forest,
+    prompt: Sequence[int],
+    sampling: Sampling | None = None,
+    memory: Memory | None = None,
+    *,
+    number: int = 0,
 ) -> Iterator[str]:
     """The answer to one prompt, piece by piece; never half a character, never a part of a stop text.
 
-    With a `memory` of the turns before, only what they did not hold is computed.
+    It draws from (seed, number). With a `memory` of the turns before, only what they did not hold is computed.
     """
     sampling = sampling or Sampling()
     bounds = limits(forest, sampling)
-    request = Request(0, list(prompt), 0, sampling.max_tokens)
+    request = Request(0, list(prompt), number, sampling.max_tokens)
     check_prompts(forest, [request])
     out = TextOut(forest.tokenizer, sampling.stop)
     for _, token in padded.run(forest, [request], bounds, memory):

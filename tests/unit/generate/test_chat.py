@@ -22,19 +22,24 @@ def forest(tiny_llama) -> Forest:
     return load(ModelSpec(path=str(tiny_llama), dtype="float32"))
 
 
-def talk(forests, text: str | bytes, terminal: bool = False, refused: str = "", **more) -> str:
+USUAL = Sampling(max_tokens=6)
+
+
+def talk(
+    forests, text: str | bytes, terminal: bool = False, refused: str = "", sampling: Sampling = USUAL, **more
+) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=100, color_system=None, highlight=False)
     source = io.StringIO(text) if isinstance(text, str) else io.TextIOWrapper(io.BytesIO(text))
     with pytest.raises(FettleError, match=refused) if refused else nullcontext():
-        chat(forests, console=console, source=source, sampling=Sampling(max_tokens=6), **more)
+        chat(forests, console=console, source=source, sampling=sampling, **more)
     return out.getvalue()
 
 
 def test_turns_and_commands(forest: Forest, monkeypatch) -> None:
     asked: list[list[dict[str, str]]] = []
 
-    def scripted(_forest, prompt, _sampling, _memory):
+    def scripted(_forest, prompt, _sampling, _memory, number):
         asked.append(prompt)
         yield from ("ans", "wer")
 
@@ -57,6 +62,16 @@ def test_turns_and_commands(forest: Forest, monkeypatch) -> None:
 def test_a_real_model_answers(forest: Forest) -> None:
     out = talk([forest], "What is the capital?\n")
     assert out.startswith("> What is the capital?\n") and out.strip() != "> What is the capital?"
+
+
+def test_every_answer_of_a_session_draws_anew_and_a_session_is_repeated_by_its_seed(forest: Forest) -> None:
+    def answers(seed: int) -> list[str]:
+        sampling = Sampling(max_tokens=20, temperature=1.0, seed=seed)
+        out = talk([forest], "Go on.\n/reset\n" * 3, sampling=sampling)
+        return [part.split("\n> ")[0] for part in out.split("> Go on.\n")[1:]]
+
+    first = answers(0)
+    assert len(set(first)) == 3 and answers(0) == first and not set(answers(1)) & set(first)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
