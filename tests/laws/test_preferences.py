@@ -159,8 +159,10 @@ def test_a_tree_is_its_rows(name: str) -> None:
     agree(forest, loss.sum, expected)
 
 
-def test_kto_is_its_rows() -> None:
-    forest, lora = tuned(forest_of(), seed=2)
+@pytest.mark.parametrize("context", [128, 13], ids=["wide", "narrow"])
+def test_kto_is_its_rows(context: int) -> None:
+    """Where the context is narrow, a mismatched answer ends with it."""
+    forest, lora = tuned(forest_of(max_position_embeddings=context), seed=2)
     found = rows(single=True)
     objective = KTO(beta=BETA, desired=1.5, undesired=0.5)
     loss = objective(forest, batch_of(found))
@@ -168,6 +170,7 @@ def test_kto_is_its_rows() -> None:
     crossed = []
     for one, other in zip(firsts, [firsts[-1], *firsts[:-1]], strict=True):
         prompt, answer = one.tokens[: one.spans[0][0]], other.tokens[other.spans[0][0] :]
+        answer = answer[: context - len(prompt)]
         crossed.append(Encoded(np.concatenate([prompt, answer]), ((len(prompt), len(prompt) + len(answer), 1.0),)))
 
     def ratio(path: Encoded) -> Tensor:
@@ -175,6 +178,7 @@ def test_kto_is_its_rows() -> None:
             before = logp(forest.model, path)
         return logp(forest.model, path) - before
 
+    assert max(len(p.tokens) for p in crossed) == (14 if context > 13 else 13)
     z = torch.stack([ratio(p) for p in crossed]).mean().detach().clamp_min(0)
     expected = torch.zeros((), dtype=torch.float64)
     for made, (weight, _, *ranks) in found:

@@ -8,6 +8,8 @@ z estimates the KL from the reference by answers to other prompts of the same ro
 example before); it has no gradient. As in the paper it is the batch's own, so that rows with more examples estimate it better; of a row
 with one example it is 0. Pairs serve too: the better answer is desired, the others are not.
 
+Where a long prompt meets a long answer, the answer is cut to what the model can see of both.
+
 Shapes: A answers; `ratio` their log-ratios r [A], `desired` bool [A].
 """
 
@@ -32,10 +34,11 @@ def kto_loss(ratio: Tensor, desired: Tensor, kl: Tensor, beta: float) -> Tensor:
     return 1 - torch.sigmoid(beta * sign * (ratio - kl))
 
 
-def mismatched(batch: Batch) -> Batch | None:
+def mismatched(batch: Batch, bound: int | None = None) -> Batch | None:
     """Each prompt of a batch followed by the first answer of the example before; None where there is one example.
 
-    It needs no more tokens than the batch, and has its shape.
+    It needs no more tokens than the batch, and has its shape. An answer is cut to what its prompt leaves it of `bound`, the most
+    tokens that the policy sees.
     """
     answers = Answers.of(batch)
     parents = {s.parent for s in batch.segments}
@@ -54,6 +57,8 @@ def mismatched(batch: Batch) -> Batch | None:
         marks.append(learned[path[-1].stop - len(whole) + cut - 1 : path[-1].stop - 1])
     examples = []
     for prompt, answer, mark in zip(prompts, [ends[-1], *ends[:-1]], [marks[-1], *marks[:-1]], strict=True):
+        room = (len(tokens) if bound is None else bound) - len(prompt)  # a token or more: its own answer fits
+        answer, mark = answer[:room], mark[:room]
         weights = np.zeros(len(prompt) + len(answer), np.float32)
         weights[len(prompt) :] = mark.numpy()
         extra = {"ranks": np.array([1], np.float32), "example_weights": np.array(1, np.float32)}
@@ -65,7 +70,7 @@ def mismatched(batch: Batch) -> Batch | None:
 @torch.no_grad()
 def estimated_kl(model: Any, batch: Batch) -> Tensor:
     """z: the mean log-ratio of mismatched answers, at least 0."""
-    other = mismatched(batch)
+    other = mismatched(batch, model.context)
     if other is None:
         return torch.zeros((), device=model.device)
     answers = Answers.of(other)

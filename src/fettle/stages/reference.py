@@ -70,7 +70,7 @@ class Copy:
     """A second model in memory."""
 
     def __init__(self, forest: Forest) -> None:
-        self.forest = copy.copy(forest)
+        self.forest, self.bound = copy.copy(forest), forest.context
         with roles.unrounded(forest.model):
             self.forest.model = copy.deepcopy(forest.model)
         if roles.obstacle(forest.model) is None:
@@ -81,7 +81,7 @@ class Copy:
     @torch.no_grad()
     def __call__(self, units: np.ndarray, batch: Batch) -> dict[str, Tensor]:
         """What a batch brings of the reference."""
-        return {"reference": _by_example(self.forest, batch), **_of_mismatched(self.forest, batch)}
+        return {"reference": _by_example(self.forest, batch), **_of_mismatched(self.forest, batch, self.bound)}
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Kept:
         self, forest: Forest, batches: int, identity: Any, folder: Path | None, world: World | None = None
     ) -> None:
         """Compute what the first `batches` batches need and `folder` does not hold; `identity` is all that decides about the model."""
-        world = world or World()
+        world, bound = world or World(), forest.context
         if self.other is not None:
             forest, identity = _opened(self.other, forest)
         files = [self._file(folder, s.store.folder.name, identity) for s in self.corpus.sources]
@@ -126,7 +126,7 @@ class Kept:
         with begun(forest) as before:
             self._compute(before, missing, world)
             if self.judged:
-                self._mismatch(before, rows)
+                self._mismatch(before, rows, bound)
         if world.first and len(missing):
             for table, file in zip(self.tables, files, strict=True):
                 if file is not None:
@@ -166,9 +166,9 @@ class Kept:
         for unit, values in zip(units.tolist(), found.numpy(), strict=True):
             self._row(unit)[:] = values
 
-    def _mismatch(self, forest: Forest, rows: list[np.ndarray]) -> None:
+    def _mismatch(self, forest: Forest, rows: list[np.ndarray], bound: int | None) -> None:
         for units in _shown([r for r in rows if r.tobytes() not in self.mismatches], "mismatched answers"):
-            mean = _of_mismatched(forest, self._plain(units)).get("reference_mismatched")
+            mean = _of_mismatched(forest, self._plain(units), bound).get("reference_mismatched")
             self.mismatches[units.tobytes()] = 0.0 if mean is None else float(mean)
 
     def _plain(self, units: np.ndarray) -> Batch:
@@ -242,8 +242,9 @@ def _by_example(forest: Forest, batch: Batch) -> Tensor:
     return found
 
 
-def _of_mismatched(forest: Forest, batch: Batch) -> dict[str, Tensor]:
-    other = mismatched(batch)
+def _of_mismatched(forest: Forest, batch: Batch, bound: int | None) -> dict[str, Tensor]:
+    """`bound` is the policy's, whose answers are to be the same."""
+    other = mismatched(batch, bound)
     if other is None:
         return {}
     return {"reference_mismatched": answer_logps(forest, other, Answers.of(other)).mean().float().cpu()}

@@ -162,6 +162,14 @@ def test_mismatched_answers_fill_no_more_than_the_row() -> None:
     assert mismatched(pack([example("a", 3, [2], [1])], 16, 0)) is None
 
 
+@pytest.mark.parametrize(("bound", "lengths"), [(9, [1, 1]), (12, [4, 1]), (14, [6, 1]), (None, [6, 1])])
+def test_a_mismatched_answer_ends_where_the_context_does(bound: int | None, lengths: list[int]) -> None:
+    """A prompt of 8 tokens with its last and an answer of 6, each of which fits into 9 beside its own."""
+    other = mismatched(pack([example("a", 7, [1], [1]), example("b", 1, [6], [1])], 40, 7), bound)
+    assert other is not None and Answers.of(other).lengths.tolist() == lengths
+    assert int(other.positions.max()) + 1 == 8 + lengths[0]
+
+
 def test_of_a_mismatched_answer_of_several_turns_what_the_user_says_is_not_the_model_s() -> None:
     talk = example("a", 5, [5], [1])
     talk.nodes[1].weights[:] = [0, 1, 1, 0, 0, 1]  # two tokens, what is said in between, one more
