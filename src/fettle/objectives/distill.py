@@ -146,7 +146,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Live:
-    """A teacher that is asked as training goes: another model, or where `forest` is None the student before this stage."""
+    """A teacher that is asked as training goes: another model, or where `forest` is None the student before this stage.
+
+    It speaks of the student's tokens alone, although its embedding may have more rows.
+    """
 
     temperature: float
     top_k: int | None
@@ -158,12 +161,12 @@ class Live:
             return self._of_itself(student, batch, learned)
         with torch.no_grad():
             hidden, head = self.forest.hidden(batch).index_select(0, learned.to(self.forest.device)), self.forest.head
-        return self._says(head, hidden, student.device)
+        return self._says(head, hidden, student)
 
     def _of_itself(self, student: Any, batch: Batch, learned: Tensor) -> Says:
         with student.reference():
             hidden, head = student.hidden(batch).index_select(0, learned.to(student.device)), student.head
-        says = self._says(head, hidden, student.device)
+        says = self._says(head, hidden, student)
 
         def again(at: slice) -> Target:
             with student.reference():  # edits may stand around the head too
@@ -171,10 +174,13 @@ class Live:
 
         return again
 
-    def _says(self, head: Head, hidden: Tensor, device: torch.device) -> Says:
+    def _says(self, head: Head, hidden: Tensor, student: Any) -> Says:
+        shared = int(student.config.get_text_config().vocab_size)  # further rows only fill up the teacher's embedding
+
         def says(at: slice) -> Target:
             with torch.no_grad():
-                return Target.of(head.logits(hidden[at]).to(device), self.temperature, self.top_k)
+                logits = head.logits(hidden[at])[:, :shared]
+                return Target.of(logits.to(student.device), self.temperature, self.top_k)
 
         return says
 
@@ -297,9 +303,7 @@ class Distill(Objective):
     def rows(self, logits: Tensor, wanted: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         """The loss of each row [n], and [n, 2] its divergence and the negative log-likelihood of `wanted` int64 [n]."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        shared = min(logits.shape[-1], target.logits.shape[-1]) if target.ids is None else logits.shape[-1]
-        if target.ids is None and shared < target.logits.shape[-1]:  # rows that only fill up the teacher's embedding
-            target = Target.of(target.logits[:, :shared], self.temperature, None)
+        shared = logits.shape[-1] if target.ids is not None else target.logits.shape[-1]
         apart = distance(logits[:, :shared], target, self.divergence, self.temperature, self.beta)
         nll = logits.logsumexp(-1) - logits.gather(1, wanted[:, None])[:, 0]
         scale = 1.0 if self.divergence == "mse" else self.temperature**2

@@ -122,14 +122,15 @@ class Said:
         world, path, units = world or World(), self.objective.teacher.path, self._needed(batches)
         stores = [[s.store.folder.name, s.spec.long] for s in self.corpus.sources]
         of = identity if path is None else [*other_identity(path), self.objective.teacher.dtype]
-        key = [VERSION, stores, self.corpus.length, of, self.width, self.objective.temperature, units.tolist()]
+        shared = int(student.config.get_text_config().vocab_size)
+        key = [VERSION, stores, self.corpus.length, of, shared, self.width, self.objective.temperature, units.tolist()]
         folder = cache / f"teacher-{hashlib.sha256(orjson.dumps(key, default=str)).hexdigest()[:32]}"
         if world.first and not (folder / MANIFEST).is_file():
             if path is None:
                 with begun(student) as before:
-                    self._ask(before, units, folder)
+                    self._ask(student, before, units, folder)
             else:
-                self._ask(opened(self.objective, student), units, folder)
+                self._ask(student, opened(self.objective, student), units, folder)
         world.wait()
         verify(folder)
         self.tables = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in FILES}
@@ -147,7 +148,7 @@ class Said:
         return np.array(sorted(found), np.int64)
 
     @torch.no_grad()
-    def _ask(self, teacher: Forest, units: np.ndarray, folder: Path) -> None:
+    def _ask(self, student: Forest, teacher: Forest, units: np.ndarray, folder: Path) -> None:
         """Write the folder, a batch at a time."""
         examples = [self.corpus.example(int(u)) for u in units]
         counts = [sum(int((node.weights > 0).sum()) for node in e.nodes) for e in examples]
@@ -156,6 +157,7 @@ class Said:
         ]  # which nothing predicts
         offsets = np.concatenate([[0], np.cumsum(np.array(counts) - np.array(first))])
         laid = plan(np.array([len(e) for e in examples]), self.corpus.length, True, 0, ROWS, 0)
+        source = Live(self.objective.temperature, self.width, teacher)
         with new_folder(folder) as aside:
             shapes = {"ids": self.width, "logits": self.width, "norms": 2}
             tables = {
@@ -164,19 +166,21 @@ class Said:
             }
             for i in _shown(range(len(laid))):
                 row = laid.row(i)
-                self._write(teacher, self._plain(units[row]), [slice(offsets[j], offsets[j + 1]) for j in row], tables)
+                places = [slice(offsets[j], offsets[j + 1]) for j in row]
+                self._write(student, source, self._plain(units[row]), places, tables)
             for table in tables.values():
                 table.flush()
             np.save(aside / "units.npy", units)
             np.save(aside / "offsets.npy", offsets)
             write_json(aside / MANIFEST, {"kind": "teacher", "objective": self.objective.model_dump(mode="json")})
 
-    def _write(self, teacher: Forest, batch: Batch, places: list[slice], tables: Mapping[str, np.ndarray]) -> None:
+    def _write(
+        self, student: Forest, source: Live, batch: Batch, places: list[slice], tables: Mapping[str, np.ndarray]
+    ) -> None:
         learned = torch.nonzero(batch.targets != IGNORE).squeeze(-1)
         if len(learned) != sum(at.stop - at.start for at in places):
             raise FettleError("objective.teacher: cached: the learned tokens of a batch are not those of its examples")
-        source = Live(self.objective.temperature, self.width, teacher)
-        for name, rows in _in_pieces(source.targets(teacher, batch, learned), len(learned)).items():
+        for name, rows in _in_pieces(source.targets(student, batch, learned), len(learned)).items():
             done = 0
             for at in places:
                 size = at.stop - at.start

@@ -76,3 +76,24 @@ def test_another_teacher_another_temperature_and_other_data_are_kept_apart(
     assert found == [1, 1, 2, 3, 4]
     corpus.beside.fill(forest, 2, "y", None)  # type: ignore[union-attr]
     assert len(list(cache.glob("teacher-*"))) == 4 and set(GIVEN.values()) <= corpus.batch(0).extra.keys()
+
+
+@pytest.mark.parametrize(("cached", "top_k"), [(False, None), (False, 9), (False, 400), (True, 9), (True, 400)])
+def test_rows_that_only_fill_up_a_teacher_s_embedding_say_nothing(
+    cached: bool, top_k: int | None, tiny_llama: Path, data: Path, tmp_path: Path
+) -> None:
+    """The student itself with 64 rows more, as likely as any other: it teaches what the student says."""
+    forest = tuned(tiny_llama, LoRA(rank=2))
+    wide = load(ModelSpec(path=str(tiny_llama), dtype="float32"))
+    wide.model.resize_token_embeddings(len(forest.tokenizer) + 64, mean_resizing=False)
+    wide.model.get_output_embeddings().weight.data[-64:].normal_()
+    wide.model.save_pretrained(tmp_path / "wide")
+    wide.tokenizer.save_pretrained(tmp_path / "wide")
+    objective = Distill(teacher=Teacher(path=str(tmp_path / "wide"), dtype="float32", cached=cached), top_k=top_k)
+    corpus = prepare([DataSpec(path=str(data))], forest.tokenizer, 96)
+    objective = taught(objective, forest, [corpus])
+    if cached:
+        corpus.beside.fill(forest, 1, "x", None)  # type: ignore[union-attr]
+    loss = objective(forest, corpus.batch(0))
+    assert abs(loss.sum.item()) < 1e-5 * float(loss.count)
+    loss.sum.backward()
