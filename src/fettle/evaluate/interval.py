@@ -63,6 +63,20 @@ def mean_interval(
     return ratio_interval(array, np.ones_like(array), seed, level, resamples)
 
 
+def grouped_interval(
+    groups: Sequence[Sequence[float]], seed: int = 0, bounds: tuple[float, float] | None = None
+) -> Score:
+    """The mean of all values and its interval, where those of a group, as the answers to one prompt, depend on each other.
+
+    `n` counts the groups, none of which is empty; `bounds` as in `mean_interval`.
+    """
+    sums, counts = [float(np.sum(group)) for group in groups], [len(group) for group in groups]
+    means = {total / count for total, count in zip(sums, counts, strict=True)}
+    if bounds is not None and len(means) == 1:
+        return constant_interval(means.pop(), len(groups), bounds)
+    return ratio_interval(sums, counts, seed)
+
+
 def constant_interval(value: float, n: int, bounds: tuple[float, float], level: float = 0.95) -> Score:
     """The interval of a mean where all `n` examples have the same value, within `bounds`."""
     z = NormalDist().inv_cdf((1 + level) / 2)

@@ -7,8 +7,8 @@
     prefers longer            the share of pairs in which the longer answer has the greater reward, beside that in which people
                               preferred it: a reward that goes by length is ahead (Singhal et al. 2023, arXiv 2310.03716)
 
-A language model's differences of mean log-probabilities are no log-odds, so it has no calibration. A row counts once, with the mean
-over its pairs; intervals are by row. Rows are grouped by whether the better answer is the longer one.
+A language model's differences of mean log-probabilities are no log-odds, so it has no calibration. In accuracy and Brier score a row
+counts once, with the mean over its pairs; all intervals are by row. Rows are grouped by whether the better answer is the longer one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fettle.data.forms import form_of
 from fettle.data.preference import Preference, compared
 from fettle.data.read import read
 from fettle.data.template import Encoded, Encoder
-from fettle.evaluate.interval import SCORES, Score, mean_interval
+from fettle.evaluate.interval import SCORES, Score, grouped_interval, mean_interval
 from fettle.evaluate.results import Result, Row
 from fettle.evaluate.samples import Asked, read_samples
 from fettle.evaluate.tasks import Evaluation
@@ -76,7 +76,8 @@ def holds_preferences(path: Path) -> bool:
 def score_preferences(forest: Forest, spec: Preferences, advance: Callable[..., None] = lambda *_: None) -> Result:
     """The rewards of every row's answers, and what they say of the model."""
     judged = list(_judged(forest, spec, advance))
-    differences, longer = (np.concatenate(parts) for parts in zip(*(j.pairs() for j in judged), strict=True))
+    pairs = [j.pairs() for j in judged]
+    differences = np.concatenate([difference for difference, _ in pairs])
     rows = [_row(one) for one in judged]
     scores = {"accuracy": mean_interval([r.score for r in rows], spec.seed, bounds=SCORES)}
     about: dict[str, Any] = {
@@ -87,15 +88,16 @@ def score_preferences(forest: Forest, spec: Preferences, advance: Callable[..., 
         error, about["calibration"] = calibration(differences)
         scores["calibration_error"] = Score(error, None, None, len(differences))
         scores["brier"] = mean_interval(
-            [float(np.mean(_brier(j.pairs()[0]))) for j in judged], spec.seed, bounds=SCORES
+            [float(np.mean(_brier(difference))) for difference, _ in pairs], spec.seed, bounds=SCORES
         )
-    uneven = longer != 0
-    if uneven.any():
-        ahead = np.sign(differences[uneven]) * np.sign(longer[uneven])
-        scores["prefers_longer"] = mean_interval(((ahead + 1) / 2).tolist(), spec.seed, bounds=SCORES)
-        scores["people_prefer_longer"] = mean_interval(
-            (longer[uneven] > 0).astype(float).tolist(), spec.seed, bounds=SCORES
+    uneven = [(np.sign(d[n != 0]), np.sign(n[n != 0])) for d, n in pairs if n.any()]
+    if uneven:
+        ours, people = (
+            [(ahead * longer + 1) / 2 for ahead, longer in uneven],
+            [(longer + 1) / 2 for _, longer in uneven],
         )
+        scores["prefers_longer"] = grouped_interval(ours, spec.seed, bounds=SCORES)
+        scores["people_prefer_longer"] = grouped_interval(people, spec.seed, bounds=SCORES)
         about["length_correlation"] = correlation(judged)
     found = Result.of_rows(
         name=Path(spec.path).name, sha256=sha256(Path(spec.path)), settings=spec.model_dump(mode="json"), rows=rows, about=about,

@@ -1,6 +1,9 @@
 """Win rate of one model's answers over another's on the same prompts, by a reward or by a judge in both orders.
 
 win rate = mean over prompts of 1 (better), 1/2 (tie), 0 (worse)
+
+Where each prompt has n answers of both models, those to one prompt beside each other, the first meets the first and so on, and a
+prompt counts with its mean: intervals are by prompt.
 """
 
 from __future__ import annotations
@@ -9,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fettle.core.errors import FettleError
-from fettle.evaluate.interval import SCORES, Score, mean_interval
+from fettle.evaluate.interval import SCORES, Score, grouped_interval, mean_interval
 from fettle.evaluate.metrics import WORD
 from fettle.feedback.judge import Compared, Judge, compare
 from fettle.feedback.reward import Means, Reward
@@ -21,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WinRate:
-    """`rate` is over prompts, a half where neither model is better, with its 95% interval.
+    """`rate` is over prompts, a half where neither model is better, with its 95% interval; `wins`, `ties`, `losses` are over answers.
 
-    `flips`: ties that are a judge's verdict that changed with the order. `longer`: how often the longer answer wins, of the prompts
-    where one wins and they differ in length; far from a half, the verdicts may be about length. `words`: mean lengths, ours first.
+    `flips`: ties that are a judge's verdict that changed with the order. `longer`: how often the longer answer wins, of those where
+    one wins and they differ in length; far from a half, the verdicts may be about length. `words`: mean lengths, ours first.
     """
 
     rate: Score
@@ -44,24 +49,26 @@ def by_reward(
     reward: Reward, prompts: Sequence[Prompt], ours: Sequence[str], theirs: Sequence[str], means: Means | None = None,
     **facts: Sequence[Any],
 ) -> WinRate:  # fmt: skip
-    """The answer with the greater reward wins; equal rewards tie."""
+    """The answer with the greater reward wins; equal rewards tie. Each prompt has one answer of both models."""
     _same_count(prompts, ours, theirs)
     a, b = (reward.score(prompts, answers, means, **facts) for answers in (ours, theirs))
     return of_rewards(a, b, ours, theirs)
 
 
-def of_rewards(a: Sequence[float], b: Sequence[float], ours: Sequence[str], theirs: Sequence[str]) -> WinRate:
-    """The same of answers whose rewards are known: `a` those of `ours`, `b` those of `theirs`."""
+def of_rewards(
+    a: Sequence[float], b: Sequence[float], ours: Sequence[str], theirs: Sequence[str], n: int = 1
+) -> WinRate:
+    """The same of answers whose rewards are known, n to each prompt: `a` those of `ours`, `b` those of `theirs`."""
     _same_count(a, ours, theirs)
-    return _summed([Compared(0.5 + 0.5 * ((x > y) - (x < y))) for x, y in zip(a, b, strict=True)], ours, theirs)
+    return _summed([Compared(0.5 + 0.5 * ((x > y) - (x < y))) for x, y in zip(a, b, strict=True)], ours, theirs, n)
 
 
 def by_judge(
-    judge: Judge, engine: Engine, prompts: Sequence[Prompt], ours: Sequence[str], theirs: Sequence[str]
+    judge: Judge, engine: Engine, prompts: Sequence[Prompt], ours: Sequence[str], theirs: Sequence[str], n: int = 1
 ) -> WinRate:
-    """The judge compares every two answers in both orders; a verdict that flips is a tie."""
+    """The judge compares every two answers in both orders; a verdict that flips is a tie. A prompt stands n times, once an answer."""
     _same_count(prompts, ours, theirs)
-    return _summed(compare(judge, engine, prompts, ours, theirs), ours, theirs)
+    return _summed(compare(judge, engine, prompts, ours, theirs), ours, theirs, n)
 
 
 def _same_count(prompts: Sequence[Any], ours: Sequence[str], theirs: Sequence[str]) -> None:
@@ -71,12 +78,14 @@ def _same_count(prompts: Sequence[Any], ours: Sequence[str], theirs: Sequence[st
         )
 
 
-def _summed(found: Sequence[Compared], ours: Sequence[str], theirs: Sequence[str]) -> WinRate:
-    scores = [c.score for c in found]
+def _summed(found: Sequence[Compared], ours: Sequence[str], theirs: Sequence[str], n: int) -> WinRate:
+    each, firsts = [c.score for c in found], range(0, len(found), n)
     a, b = ([len(WORD.findall(answer)) for answer in answers] for answers in (ours, theirs))
-    decided = [float((x > y) == (s > 0.5)) for s, x, y in zip(scores, a, b, strict=True) if s != 0.5 and x != y]
+    rows = list(zip(each, a, b, strict=True))
+    decided = [[float((x > y) == (s > 0.5)) for s, x, y in rows[i : i + n] if s != 0.5 and x != y] for i in firsts]
+    longer, scores = [some for some in decided if some], tuple(float(np.mean(each[i : i + n])) for i in firsts)
     return WinRate(
-        rate=mean_interval(scores, bounds=SCORES), wins=scores.count(1.0), ties=scores.count(0.5), losses=scores.count(0.0),
-        flips=sum(c.flipped for c in found), longer=mean_interval(decided, bounds=SCORES) if decided else None,
-        words=(sum(a) / len(a), sum(b) / len(b)), scores=tuple(scores),
+        rate=mean_interval(scores, bounds=SCORES), wins=each.count(1.0), ties=each.count(0.5), losses=each.count(0.0),
+        flips=sum(c.flipped for c in found), longer=grouped_interval(longer, bounds=SCORES) if longer else None,
+        words=(sum(a) / len(a), sum(b) / len(b)), scores=scores,
     )  # fmt: skip

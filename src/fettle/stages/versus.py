@@ -186,10 +186,11 @@ class Versus(Stage):
         kl = None if made.kl is None else self._mean(made.kl)
         wins = judged = None
         if start is not None:
-            wins = of_rewards(made.scores.total, start.scores.total, made.texts, start.texts)
+            wins = of_rewards(made.scores.total, start.scores.total, made.texts, start.texts, self.answers)
             if self.judge is not None:
                 asked = [spelled(p.asked, p.tools) for p in made.prompts]
-                judged = by_judge(self.judge, self.engines[self.judge.engine], asked, made.texts, start.texts)
+                engine = self.engines[self.judge.engine]
+                judged = by_judge(self.judge, engine, asked, made.texts, start.texts, self.answers)
         return Standing(name, rewards, kl, wins, judged, sum(made.lengths) / len(made.lengths))
 
     def _mean(self, values: Sequence[float]) -> Score:

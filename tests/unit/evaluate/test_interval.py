@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fettle.evaluate.interval import CHANGES, SCORES, mean_interval, ratio_interval
+from fettle.evaluate.interval import CHANGES, SCORES, grouped_interval, mean_interval, ratio_interval
 
 
 def test_equals_plain_resampling() -> None:
@@ -65,3 +65,12 @@ def test_coverage_near_the_edge() -> None:
     found = {bounds: [mean_interval(s, resamples=1000, bounds=bounds) for s in samples] for bounds in (None, SCORES)}
     hits = {bounds: np.mean([f.low <= 0.95 <= f.high for f in each]) for bounds, each in found.items()}
     assert hits[None] < 0.75 and hits[SCORES] > 0.9
+
+
+def test_values_that_depend_on_each_other_say_no_more_than_one() -> None:
+    values = [0.0, 1.0, 1.0, 0.5, 0.0]
+    for times in (1, 16):
+        assert grouped_interval([[v] * times for v in values], 3, SCORES) == mean_interval(values, 3, bounds=SCORES)
+    uneven = grouped_interval([[1.0], [0.0, 0.0, 0.0]])
+    assert (uneven.mean, uneven.low, uneven.high, uneven.n) == (0.25, 0, 1, 2)
+    assert grouped_interval([[0.0, 1.0]] * 8, bounds=SCORES) == mean_interval([0.5] * 8, bounds=SCORES)

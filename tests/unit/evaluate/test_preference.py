@@ -74,6 +74,7 @@ def test_a_language_model_goes_by_its_likelihood_a_token(forest: Forest, file: P
     assert [row.score for row in result.rows] == pytest.approx(wanted)
     assert result.scores["accuracy"].mean == pytest.approx(np.mean(wanted))
     assert result.scores["people_prefer_longer"].mean == pytest.approx(1 / 5)
+    assert {result.scores[name].n for name in ("accuracy", "prefers_longer", "people_prefer_longer")} == {3}, "by row"
     assert set(result.families) == {"chosen longer", "chosen shorter"}
     assert "brier" not in result.scores and result.about["pairs"] == 5
     assert -1 <= result.about["length_correlation"] <= 1

@@ -12,7 +12,7 @@ from fettle.feedback.judge import Judge, JudgeReward, compare, grade, verdict, v
 from fettle.feedback.reward import Means
 from fettle.feedback.rewards import LengthReward, RulesReward
 from fettle.feedback.rules import Rule
-from fettle.feedback.win_rate import by_judge, by_reward
+from fettle.feedback.win_rate import by_judge, by_reward, of_rewards
 from fettle.generate import Completion, Sampling
 
 JUDGE = Judge(engine="big")
@@ -203,3 +203,14 @@ def test_a_win_rate_by_a_reward_and_against_oneself() -> None:
     assert same.rate.mean == 0.5 and same.longer is None and same.rate.low is not None and same.rate.low < 0.4
     with pytest.raises(FettleError, match="win rate: 2 prompts, 2 and 1 answers"):
         by_reward(LengthReward(), ["p", "q"], ["a", "b"], ["a"])
+
+
+def test_a_win_rate_over_several_answers_is_by_prompt() -> None:
+    """Sixteen answers that are alike say what one says; of uneven ones a prompt counts with their mean."""
+    won, ours, theirs = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.5], ["a b"] * 8, ["a"] * 8
+    one = of_rewards(won, [0.5] * 8, ours, theirs)
+    many = of_rewards([w for w in won for _ in range(16)], [0.5] * 128, ours * 16, theirs * 16, n=16)
+    assert (many.rate, many.longer, many.scores) == (one.rate, one.longer, one.scores)
+    assert (many.rate.n, many.wins, many.ties, many.losses) == (8, 48, 16, 64)
+    judged = by_judge(JUDGE, Scripted(longer), ["p", "p", "q", "q"], ["aaa", "a", "aaa", "aa"], ["b"] * 4, n=2)
+    assert judged.scores == (0.75, 1.0) and judged.rate.mean == 0.875 and judged.rate.n == 2

@@ -82,6 +82,7 @@ def test_the_figures_are_those_of_the_answers(made: Path) -> None:
     assert start["kl"] is None and start["wins"] is None
     pairs = [(p["reward"], s["reward"]) for p, s in zip(of_policy, of_start, strict=True)]
     wins = [0.5 + 0.5 * ((p > s) - (p < s)) for p, s in pairs]
+    assert policy["wins"]["rate"]["n"] == len(policy["wins"]["scores"]) == 6
     assert policy["wins"]["rate"]["mean"] == pytest.approx(sum(wins) / 24) and policy["wins"]["wins"] == wins.count(1.0)
 
 
@@ -107,7 +108,7 @@ def test_a_judge_is_asked_in_both_orders(made: Path, tiny_llama: Path, monkeypat
             asked.extend(prompts)
             return [Completion((), "Verdict: A", (), "end") for _ in prompts]
 
-    data = stage(made, str(tiny_llama), policies=[str(made / "sft")], judge={"engine": "big"}, answers=1, output=str(made / "judged"),
+    data = stage(made, str(tiny_llama), policies=[str(made / "sft")], judge={"engine": "big"}, answers=2, output=str(made / "judged"),
                  engines={"big": {"url": "http://localhost:1/v1", "model": "m"}})  # fmt: skip
     monkeypatch.setattr(module, "by_judge", lambda judge, engine, *rest: judging_by(judge, rest))
 
@@ -119,9 +120,13 @@ def test_a_judge_is_asked_in_both_orders(made: Path, tiny_llama: Path, monkeypat
     run(read(made, data))
     (_, policy) = json.loads((made / "judged" / "versus.json").read_text())["standings"]
     assert (
-        len(asked) == 12 and policy["judged"]["flips"] + policy["judged"]["ties"] >= 6
+        len(asked) == 24 and policy["judged"]["flips"] + policy["judged"]["ties"] >= 12
     )  # whoever stands first wins: all flip
-    assert policy["judged"]["rate"]["mean"] == 0.5 and judging.PAIR[:20] in str(asked[0])
+    assert (
+        policy["judged"]["rate"]["mean"] == 0.5
+        and policy["judged"]["rate"]["n"] == 6
+        and judging.PAIR[:20] in str(asked[0])
+    )
 
 
 def test_a_judge_reads_what_the_policy_was_offered(
