@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -118,8 +118,11 @@ class Stage(Spec):
     output: Path = Field(description="the folder that receives the artifact")
     shared: ClassVar[bool] = False  # whether the processes of a run share its work; else the first one does it
 
-    def require_files(self) -> None:
-        """FettleError, by its key, where a file that the recipe names is not there; asked of all stages before the first one runs."""
+    def require_files(self, before: Sequence[Stage] = ()) -> None:
+        """FettleError, by its key, where a file that the recipe names is not there, nor left by a stage of those `before` this one.
+
+        Asked of all stages before the first one runs.
+        """
 
     def run(self, parent: Path | None = None, *, resume: bool = False) -> Path:
         """Run to the end; returns the artifact's folder."""

@@ -115,8 +115,11 @@ def read_prompts(
     room: int,
     seed: int = 0,
     lack: Callable[[dict[str, Any]], str | None] = lambda row: None,
+    keys: str = "rollouts.max_tokens in batch.tokens",
 ) -> Prompts:
     """The prompts of all sources, in memory. A prompt of more than `room` tokens is set aside, as are bad rows.
+
+    `keys` says what leaves that room, as a sentence about a prompt ends.
 
     So are rows of which `lack` says why they cannot be used. FettleError where a source has too many of them, or none that can.
     """
@@ -124,7 +127,7 @@ def read_prompts(
         raise FettleError("data: no source is given")
     encoder, found, notes, counts = Encoder(tokenizer), [], [], []
     for spec in specs:
-        reader = _Reader(spec, encoder, room, lack)
+        reader = _Reader(spec, encoder, room, lack, keys)
         reader.run(rows_of(spec))
         found.append(reader.prompts)
         notes += reader.notes
@@ -141,9 +144,9 @@ class _Reader:
     """One source on its way into memory."""
 
     def __init__(
-        self, spec: DataSpec, encoder: Encoder, room: int, lack: Callable[[dict[str, Any]], str | None]
+        self, spec: DataSpec, encoder: Encoder, room: int, lack: Callable[[dict[str, Any]], str | None], keys: str
     ) -> None:
-        self.spec, self.encoder, self.room, self.lack = spec, encoder, room, lack
+        self.spec, self.encoder, self.room, self.lack, self.keys = spec, encoder, room, lack, keys
         self.format, self.read, self.unused = "", 0, 0
         self.prompts: list[Prompt] = []
         self.problems: list[str] = []
@@ -219,7 +222,7 @@ class _Reader:
             if not 0 < len(tokens) <= self.room:
                 self.problems.append(
                     f"{row.where}: the prompt has {len(tokens)} tokens, and there is room for {self.room} before an answer of "
-                    "rollouts.max_tokens in batch.tokens"
+                    + self.keys
                 )
                 continue
             facts = dict(row.value or {})

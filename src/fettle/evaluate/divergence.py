@@ -32,12 +32,17 @@ def divergences(
 
     FettleError where the two do not read the same tokens.
     """
+    require_same_tokens(policy, start)
+    now, before = (log_probabilities(forest, prompts, answers) for forest in (policy, start))
+    return [a - b for a, b in zip(now, before, strict=True)]
+
+
+def require_same_tokens(policy: Forest, start: Forest) -> None:
+    """FettleError where the two do not read the same tokens."""
     if policy.tokenizer.get_vocab() != start.tokenizer.get_vocab():
         raise FettleError(
             f"{policy.spec.path} and {start.spec.path} have different tokenizers, so that there is no divergence between them"
         )
-    now, before = (log_probabilities(forest, prompts, answers) for forest in (policy, start))
-    return [a - b for a, b in zip(now, before, strict=True)]
 
 
 @torch.no_grad()

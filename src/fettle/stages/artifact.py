@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from fettle.core.config import validate
 from fettle.core.errors import FettleError
-from fettle.core.families import Edit
+from fettle.core.families import Edit, Stage
 from fettle.core.files import MANIFEST, new_folder, read_json, verify, write_json
 from fettle.core.spec import Spec
 from fettle.models.forest import Forest
@@ -183,6 +183,26 @@ def open_model(ref: str, **changes: Any) -> tuple[Forest, tuple[Edit, ...]]:
     """An artifact's folder (or the run's folder around it), a model folder, a hub id or 'fettle/tiny'."""
     if (folder := find_artifact(ref)) is not None:
         return open_artifact(folder, **changes)
+    _require_ended(ref)
+    return load(ModelSpec(path=ref).model_copy(update=changes)), ()
+
+
+def require_model(key: str, ref: str, before: Sequence[Stage]) -> None:
+    """FettleError, by its key, where there is nothing for `open_model` to open, nor will be after the stages `before`."""
+    if is_planned(ref, before) or find_artifact(ref) is not None:
+        return
+    try:
+        _require_ended(ref)
+        folder_of(ref)
+    except FettleError as error:
+        raise FettleError(f"{key}: {str(error).removeprefix('model: ')}") from None
+
+
+def is_planned(ref: str, before: Sequence[Stage]) -> bool:
+    """Whether one of the stages `before` leaves the artifact that is called so."""
+    return any(Path(ref) in (stage.output, stage.output / "artifact") for stage in before)
+
+
+def _require_ended(ref: str) -> None:
     if (Path(ref) / "checkpoints").is_dir():
         raise FettleError(f"{ref}: holds a run that did not end, so no artifact; go on with fettle run --resume")
-    return load(ModelSpec(path=ref).model_copy(update=changes)), ()

@@ -199,7 +199,7 @@ def check(
             console.rule(f"stage {number} of {len(pipeline.stages)}: {stage.output}")
         before = pipeline.stages[: number - 1]
         try:
-            stage.require_files()
+            stage.require_files(before)
         except FettleError as error:
             failed.append(_where(pipeline, number, str(error)))
             continue

@@ -80,7 +80,7 @@ def run(recipe: Stage | Pipeline, resume: bool = False) -> Path:
     parent: Path | None = None
     for number, stage in enumerate(pipeline.stages):
         with _placing(pipeline, number):
-            stage.require_files()
+            stage.require_files(pipeline.stages[:number])
     for number, stage in enumerate(pipeline.stages):
         with _placing(pipeline, number), alone_in(stage.output) if World.rank_here() == 0 else nullcontext():
             parent = stage.run(parent, resume=resume) if stage.shared else _by_one(stage, parent, resume)

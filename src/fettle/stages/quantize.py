@@ -89,7 +89,7 @@ class Quantize(Stage):
             if edit.role == "rescales" and any(e.role == "quantizes" for e in self.edits[:i]):
                 yield ("edits", i), f"{edit.kind} scales weights that are packed by then; put it before the quantizer"
 
-    def require_files(self) -> None:
+    def require_files(self, before: Sequence[Stage] = ()) -> None:
         """FettleError, by its key, where the text of the calibration or what is evaluated on is not there."""
         require_sources("calibration.data", self.calibration.data if self.calibration else ())
         require_evaluations(self.evaluate)

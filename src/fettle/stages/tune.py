@@ -116,7 +116,7 @@ class Recipe(Stage):
         self._leave(target, forest, edits, facts, world)
         return target
 
-    def require_files(self) -> None:
+    def require_files(self, before: Sequence[Stage] = ()) -> None:
         """FettleError, by its key, where data or what is evaluated on is not there, or held-out rows are trained on."""
         held = self.validation.data if self.validation else ()
         require_sources("data", self.data)

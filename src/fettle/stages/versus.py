@@ -28,10 +28,12 @@ from fettle.core.families import Edit, Stage
 from fettle.core.files import MANIFEST, make_folder, new_file, read_json, sha256, write_bytes, write_json
 from fettle.core.spec import Where, refuse
 from fettle.data import DataSpec, content_hash
-from fettle.data.prompts import Prompt, read_prompts
-from fettle.evaluate.divergence import divergences
+from fettle.data.prompts import Prompt, Prompts, read_prompts
+from fettle.data.rows import require_sources
+from fettle.evaluate.divergence import divergences, require_same_tokens
 from fettle.evaluate.interval import Score, mean_interval, whisker
 from fettle.feedback.judge import Judge
+from fettle.feedback.model import require_head
 from fettle.feedback.reward import Scores, spelled
 from fettle.feedback.rewards import AnyReward, Means
 from fettle.feedback.win_rate import WinRate, by_judge, of_rewards
@@ -42,7 +44,7 @@ from fettle.models.load import load
 from fettle.models.memory import MemoryPlan, available, resident, weight_bytes
 from fettle.models.spec import ModelSpec
 from fettle.models.weight import count_weights
-from fettle.stages.artifact import find_artifact, open_model
+from fettle.stages.artifact import find_artifact, is_planned, open_model, require_model
 from fettle.stages.check import Report
 from fettle.stages.labels import label
 from fettle.stages.reinforce import APART
@@ -116,15 +118,22 @@ class Versus(Stage):
         if len(set(self.policies)) < len(self.policies) or self.start in self.policies:
             yield ("policies",), "the same model stands there twice"
 
+    def require_files(self, before: Sequence[Stage] = ()) -> None:
+        """FettleError, by its key, where data or a model are not there."""
+        require_sources("data", self.data)
+        named = [("start", self.start), *((f"policies.{i}", name) for i, name in enumerate(self.policies))]
+        for key, name in (*named, *(("reward", name) for name in self.reward.models())):
+            require_model(key, name, before)
+
     def run(self, parent: Path | None = None, *, resume: bool = False) -> Path:
         """Compare, and leave the figures; returns the artifact before, or the folder of the figures where there is none."""
-        names = self.policies or ((str(parent.parent if parent.name == ARTIFACT else parent),) if parent else ())
+        there = (self.output / FIGURES).exists()
+        if there and not resume:
+            raise FettleError(f"{self.output}: holds figures already; remove it, or choose another output")
+        names = self.named(parent.parent if parent is not None and parent.name == ARTIFACT else parent)
         made = self._made_of(names)
-        if (self.output / FIGURES).exists():
-            if not resume:
-                raise FettleError(f"{self.output}: holds figures already; remove it, or choose another output")
-            if read_json(self.output / FIGURES)["made_of"] == made:
-                return parent or self.output
+        if there and read_json(self.output / FIGURES)["made_of"] == made:
+            return parent or self.output
         found = self.compare(names)
         rows = cells(found)
         draw(found, self.output / PICTURE)
@@ -133,6 +142,12 @@ class Versus(Stage):
         write_json(self.output / FIGURES, {"made_of": made, "standings": [asdict(one) for one in found]})
         Console(stderr=True).print(shown(rows))
         return parent or self.output
+
+    def named(self, before: Path | None) -> tuple[str, ...]:
+        """The policies; `before` is the output of the stage before, if any. FettleError where there are none."""
+        if not self.policies and before is None:
+            raise FettleError("policies: there is no stage before this one; name the models to hold against the start")
+        return self.policies or (str(before),)
 
     def _made_of(self, names: Sequence[str]) -> dict[str, Any]:
         """All that decides the figures: the stage, the models' manifests, what the data hold."""
@@ -144,9 +159,7 @@ class Versus(Stage):
         }  # fmt: skip
 
     def compare(self, names: Sequence[str]) -> list[Standing]:
-        """The standings of the start and of the policies. FettleError where there are none, or one writes no text."""
-        if not names:
-            raise FettleError("policies: there is no stage before this one; name the models to hold against the start")
+        """The standings of the start and of the policies. FettleError where one writes no text."""
         start, first = opened(self.start), None
         means = Means({ref: open_model(ref)[0] for ref in self.reward.models()}, self.engines)
         found = []
@@ -158,15 +171,20 @@ class Versus(Stage):
             first = first or made
         return found
 
-    def prompts(self, forest: Forest) -> list[Prompt]:
-        """The prompts, as a model reads them."""
+    def prompts(self, forest: Forest) -> Prompts:
+        """The prompts, as a model reads them. FettleError where it has no room for one before an answer."""
         room = (forest.context or 1 << 20) - self.max_tokens
-        read = read_prompts(self.data, forest.tokenizer, room, self.seed, self.reward.lack)
-        return [p for source in read.sources for p in source]
+        if room < 1:
+            raise FettleError(
+                f"max_tokens: {self.max_tokens} leaves no room for a prompt in the {forest.context} tokens that the model of "
+                f"{forest.spec.path} sees"
+            )
+        keys = "max_tokens in what the model sees"
+        return read_prompts(self.data, forest.tokenizer, room, self.seed, self.reward.lack, keys)
 
     def answered(self, forest: Forest, start: Forest, means: Means) -> Answered:
         """What a model answers, what that is worth, and how far it is from what `start` would say."""
-        n, prompts = self.answers, self.prompts(forest)
+        n, prompts = self.answers, [p for source in self.prompts(forest).sources for p in source]
         tokens = [p.tokens.tolist() for p in prompts]
         written = generate(forest, tokens, Sampling(max_tokens=self.max_tokens, temperature=1.0, seed=self.seed), n=n)
         each, texts = [p for p in prompts for _ in range(n)], [c.text for c in written]
@@ -212,15 +230,23 @@ class Versus(Stage):
         write_bytes(file, b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
 
     def look(self, before: Sequence[Any], examples: int, console: Console, time_steps: bool = True) -> Report:
-        """What `fettle check` says of it: nothing trains, and which models are not there yet."""
-        planned = {str(stage.output) for stage in before}
-        names = (self.start, *self.policies, *self.reward.models())
-        lacking = [name for name in names if name in planned and find_artifact(name) is None]
+        """What `fettle check` says of it: nothing trains; the prompts as each model reads them, and which are not there yet."""
+        names = self.named(next((s.output for s in reversed(before) if not isinstance(s, Versus)), None))
+        rewards = self.reward.models()
+        lacking = [n for n in (self.start, *names, *rewards) if is_planned(n, before) and find_artifact(n) is None]
         forest = load(before[0].model) if self.start in lacking else opened(self.start)  # what it will be made of
         held, here = weight_bytes(forest.model), resident() if forest.device.type == "cpu" else 0
         plan = MemoryPlan(held, 0, 0, 0, 0, runtime=max(0, here - held))
         report = Report(str(self.output), count_weights(forest.model), 0, 0, plan, available(forest.device) + here)
-        report.notes += [f"{name} is not there yet" for name in lacking]
+        report.corpus = self.prompts(forest)
+        report.notes += report.corpus.notes
+        for policy in (opened(name) for name in names if name not in lacking):
+            self.prompts(policy)
+            if self.start not in lacking:
+                require_same_tokens(policy, forest)
+        for ref in (ref for ref in rewards if ref not in lacking):
+            require_head(open_model(ref)[0], ref)
+        report.notes += [f"{name} is not there yet" for name in dict.fromkeys(lacking)]
         return report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from conftest import small_tokenizer
 from fettle.core.errors import FettleError
 from fettle.data.prompts import Prompt
 from fettle.evaluate.interval import mean_interval
@@ -18,6 +20,7 @@ from fettle.feedback import judge as judging
 from fettle.feedback.reward import Scores
 from fettle.generate.request import Completion
 from fettle.stages import versus as module
+from fettle.stages.check import check
 from fettle.stages.pipeline import load_recipe, run
 from fettle.stages.versus import Versus
 
@@ -59,6 +62,23 @@ def stage(folder: Path, start: str, **changes: Any) -> dict[str, Any]:
 def read(folder: Path, data: dict[str, Any]) -> Any:
     (folder / "one.yaml").write_text(json.dumps(data))
     return load_recipe(folder / "one.yaml")
+
+
+def look_at(pipeline: Any) -> list[Any]:
+    return check(pipeline, 0, Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str, Path]:
+    """A model that writes no text, and one with another tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("labels", "other"):
+        shutil.copytree(tiny_llama, folder / name)
+    config = json.loads((folder / "labels" / "config.json").read_text())
+    config |= {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    (folder / "labels" / "config.json").write_text(json.dumps(config))
+    small_tokenizer(300).save_pretrained(folder / "other")
+    return {name: folder / name for name in ("labels", "other")}
 
 
 def answers(folder: Path) -> list[list[dict[str, Any]]]:
@@ -161,6 +181,55 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, Any], said: str, made
     assert not (made / "no" / "versus.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": [{"path": "nope.jsonl"}]}, r"one.yaml:1: data.0.path: .*nope.jsonl"),
+        ({"start": "no/such/model"}, r"one.yaml:1: start: there is no folder 'no/such/model'"),
+        ({"policies": ["{start}/typo/x"]}, r"one.yaml:1: policies.0: there is no folder '.*typo/x'"),
+        ({"policies": ["{broken}"]}, r"one.yaml:1: policies.0: .*holds a run that did not end"),
+        ({"reward": {"kind": "model", "path": "no/such/model"}}, "reward: there is no folder 'no/such/model'"),
+    ],
+)
+def test_what_is_not_there_is_named_by_check_and_before_a_run_begins(
+    changes: dict[str, Any], said: str, made: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Versus, "run", lambda *_, **__: pytest.fail("it began"))
+    (made / "broken" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    changes = json.loads(
+        json.dumps(changes).replace("{start}", str(tiny_llama)).replace("{broken}", str(made / "broken"))
+    )
+    pipeline = read(
+        made, {**stage(made, str(tiny_llama), output=str(made / "no")), "policies": [str(made / "sft")], **changes}
+    )
+    for verb in (run, look_at):
+        with pytest.raises(FettleError, match=said):
+            verb(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"policies": []}, "policies: there is no stage before"),
+        ({"max_tokens": 100_000}, "max_tokens: 100000 leaves no room for a prompt in the 512 tokens that .* sees"),
+        ({"max_tokens": 510}, "room for 2 before an answer of max_tokens in what the model sees"),
+        ({"reward": {"kind": "number", "column": "anwser"}}, "needs the column 'anwser' of the data: .*answer"),
+        ({"policies": ["{labels}"]}, "has task: classify and writes no text"),
+        ({"policies": ["{other}"]}, "have different tokenizers"),
+        ({"reward": {"kind": "model", "path": "{start}"}}, "has no head of one number"),
+    ],
+)
+def test_what_cannot_be_compared_is_no_ready_stage(
+    changes: dict[str, Any], said: str, made: Path, tiny_llama: Path, models: dict[str, Path]
+) -> None:
+    text = json.dumps(changes).replace("{start}", str(tiny_llama))
+    for name, folder in models.items():
+        text = text.replace(f"{{{name}}}", str(folder))
+    data = {**stage(made, str(tiny_llama), output=str(made / "no")), "policies": [str(made / "sft")]}
+    with pytest.raises(FettleError, match=said):
+        look_at(read(made, data | json.loads(text)))
+
+
 def test_a_look_says_what_is_not_there_yet(made: Path, tiny_llama: Path) -> None:
     pipeline = load_recipe(made / "recipe.yaml")
     assert isinstance(pipeline.stages[1], Versus)
@@ -170,3 +239,6 @@ def test_a_look_says_what_is_not_there_yet(made: Path, tiny_llama: Path) -> None
     later = pipeline.stages[0].model_copy(update={"output": made / "later"})
     waiting = pipeline.stages[1].model_copy(update={"start": str(made / "later")})
     assert waiting.look([later], 1, console).notes == [f"{made}/later is not there yet"]
+    waiting.require_files([later])
+    with pytest.raises(FettleError, match=r"start: there is no folder '.*later'"):
+        waiting.require_files()
