@@ -34,6 +34,7 @@ from fettle.export.common import (
 )
 from fettle.export.packed import Packed, Tensors, packed, save_folder, unrounded
 from fettle.export.parity import QUANTIZED, Parity, Reference, check, measure, plain_logits, silently, wide_logits
+from fettle.export.readback import reading
 from fettle.models.select import linears
 from fettle.models.surgery import replace
 from fettle.models.tasks import auto_class
@@ -85,11 +86,12 @@ def export_bitsandbytes(
         save_folder(made, {name: tensors(layer) for name, layer in made.layers.items()}, config, aside)
         save_tokenizer(forest, aside)
         written = _as_read(made)
-        reread = _reread(forest, aside)
-        parity = check(
-            reference, lambda rows: wide_logits(reread, rows), str(folder), "bitsandbytes", written,
-            lost=QUANTIZED if made.costs or type or not held else None,
-        )  # fmt: skip
+        with reading(folder, "transformers with bitsandbytes"):
+            reread = _reread(forest, aside)
+            parity = check(
+                reference, lambda rows: wide_logits(reread, rows), str(folder), "bitsandbytes", written,
+                lost=QUANTIZED if made.costs or type or not held else None,
+            )  # fmt: skip
         parity = dataclasses.replace(parity, dtype=next(iter(kinds.values())))
         write_manifest(aside, "bitsandbytes", forest, edits, parity, made.costs)
     return parity

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from fettle.core import FettleError
 from fettle.core.families import Edit
-from fettle.export.packed import Format, export_folder, reread_here
+from fettle.export.packed import Format, Reader, export_folder, reread_here
 from fettle.export.parity import Parity, silently
+from fettle.models.experts import is_stacked
 from fettle.models.tasks import auto_class
 from fettle.quantize.activations import Activations
 from fettle.quantize.layouts import affine_of, compressed
@@ -125,11 +126,11 @@ def _inputs(activations: Activations | None) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-def _reread(forest: Forest, scales: torch.dtype, folder: Path, inputs: bool) -> tuple[nn.Module, str]:
+def _reread(forest: Forest, scales: torch.dtype, folder: Path, inputs: bool) -> Reader:
     """With transformers where it computes what the file says, in float32; `inputs`: whether layers round theirs.
 
     With zero points it opens a folder only by dequantizing it, of one group, in the type of the scales, and lets go of what is
-    said of activations.
+    said of activations. Experts that it stacks it looks for packed ones of, and these are as they were.
     """
     from transformers import AutoConfig, CompressedTensorsConfig
 
@@ -138,13 +139,16 @@ def _reread(forest: Forest, scales: torch.dtype, folder: Path, inputs: bool) -> 
     groups = list(config.quantization_config["config_groups"].values())
     uneven = not all(group["weights"]["symmetric"] for group in groups)
     dequantized = len(groups) == 1 and scales == torch.float32 and not inputs
-    if importlib.util.find_spec("compressed_tensors") is None or uneven and not dequantized:
+    stacked = any(is_stacked(module) for module in forest.model.modules())
+    if importlib.util.find_spec("compressed_tensors") is None or uneven and not dequantized or stacked:
         return reread_here(forest, folder, inputs)
     for group in groups:
         group["input_activations"] = group["input_activations"] if inputs else None
     said = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if uneven else {}
-    with silently():
-        model = auto_class(spec, forest.config).from_pretrained(
+
+    @silently()
+    def opened() -> nn.Module:
+        return auto_class(spec, forest.config).from_pretrained(  # type: ignore[no-any-return]
             folder,
             config=config,
             dtype=torch.float32,
@@ -152,4 +156,5 @@ def _reread(forest: Forest, scales: torch.dtype, folder: Path, inputs: bool) -> 
             trust_remote_code=spec.trust_remote_code,
             **said,
         )
-    return model, "transformers with compressed-tensors"
+
+    return "transformers with compressed-tensors", opened

@@ -12,6 +12,7 @@ from fettle.core.families import Edit
 from fettle.core.files import new_folder
 from fettle.export.common import merged, save_tokenizer, write_manifest
 from fettle.export.parity import Parity, check, measure, wide_logits
+from fettle.export.readback import reading
 from fettle.models.experts import restack
 from fettle.models.tasks import auto_class
 from fettle.quantize.linear import requantizing
@@ -34,13 +35,14 @@ def export_hf(forest: Forest, edits: Sequence[Edit], folder: Path, dtype: torch.
         model.save_pretrained(aside)  # type: ignore[operator]
         save_tokenizer(forest, aside)
         del model
-        reloaded = (
-            auto_class(forest.spec.model_copy(update={"task": forest.task}), forest.config)
-            .from_pretrained(
-                aside, dtype="auto", local_files_only=True, trust_remote_code=forest.spec.trust_remote_code
+        with reading(folder, "transformers"):
+            reloaded = (
+                auto_class(forest.spec.model_copy(update={"task": forest.task}), forest.config)
+                .from_pretrained(
+                    aside, dtype="auto", local_files_only=True, trust_remote_code=forest.spec.trust_remote_code
+                )
+                .to(forest.device)
             )
-            .to(forest.device)
-        )
-        parity = check(reference, lambda rows: wide_logits(reloaded, rows), str(folder), "transformers", written)
+            parity = check(reference, lambda rows: wide_logits(reloaded, rows), str(folder), "transformers", written)
         write_manifest(aside, "hf", forest, edits, parity, costs)
     return parity

@@ -30,6 +30,7 @@ from fettle.export.common import (
     write_manifest,
 )
 from fettle.export.parity import QUANTIZED, Parity, Reference, check, measure, plain_logits, wide_logits
+from fettle.export.readback import reading
 from fettle.models.load import load
 from fettle.models.surgery import replace
 from fettle.models.weight import read_weight
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 Fit = Callable[[str, Quantized], Quantized]
 Tensors = dict[str, Tensor]
+Reader = tuple[str, Callable[[], nn.Module]]  # its name, and what opens the model
 
 
 @dataclass(frozen=True)
@@ -143,11 +145,11 @@ def export_folder(
     edits: Sequence[Edit],
     folder: Path,
     dtype: torch.dtype | None,
-    reread: Callable[..., Any],
+    reread: Callable[[Path, bool], Reader],
 ) -> Parity:
-    """Write a folder of a format, open it with `reread(aside, inputs) -> (model, its reader's name)`, compare.
+    """Write a folder of a format, have it read back, compare.
 
-    `inputs` asks for a model that rounds what its layers are given, where the file says so. FettleError where the model is not quantized, or on a grid that the format does not have.
+    `reread(aside, inputs)` -> (who reads it, what opens the model then); `inputs` asks for a model that rounds what its layers are given, where the file says so. FettleError where the model is not quantized, or on a grid that the format does not have.
     """
     if not quantized(forest.model):
         raise FettleError(
@@ -167,15 +169,19 @@ def export_folder(
     with new_folder(folder) as aside:
         save_folder(made, {name: form.tensors(layer) for name, layer in made.layers.items()}, form.config, aside)
         save_tokenizer(forest, aside)
-        model, by = reread(aside, False)
-        parity = check(
-            reference, lambda rows: wide_logits(model, rows), str(folder), by, made.logits,
-            lost=QUANTIZED if made.costs else None,
-        )  # fmt: skip
+        by, opened = reread(aside, False)
+        with reading(folder, by):
+            model = opened()
+            parity = check(
+                reference, lambda rows: wide_logits(model, rows), str(folder), by, made.logits,
+                lost=QUANTIZED if made.costs else None,
+            )  # fmt: skip
         parity = replace_fields(parity, dtype=f"{form.scales} scales")
         more = {}
         if any(layer.activations for layer in made.layers.values()):
-            more = {"inputs": _check_inputs(made, reread(aside, True)[0], str(folder))}
+            by, opened = reread(aside, True)
+            with reading(folder, by):
+                more = {"inputs": _check_inputs(made, opened(), str(folder))}
         write_manifest(aside, form.name, forest, edits, parity, made.costs, **more)
     return parity
 
@@ -241,8 +247,12 @@ def dense_linears(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def reread_here(forest: Forest, folder: Path, inputs: bool) -> tuple[nn.Module, str]:
+def reread_here(forest: Forest, folder: Path, inputs: bool) -> Reader:
     """A folder as fettle opens it as a base; `inputs`: whether its layers round what they are given, where it says so."""
     spec = forest.spec.model_copy(update={"path": str(folder), "revision": None, "config": None, "tokenizer": None})
-    model = load(spec.model_copy(update={"task": forest.task, "device": str(forest.device)})).model
-    return (model if inputs else without_rounding(model)), "fettle"
+
+    def opened() -> nn.Module:
+        model = load(spec.model_copy(update={"task": forest.task, "device": str(forest.device)})).model
+        return model if inputs else without_rounding(model)
+
+    return "fettle", opened

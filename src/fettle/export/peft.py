@@ -23,6 +23,7 @@ from fettle.core.files import new_folder, read_json, write_json
 from fettle.export import peft_ia3, peft_lora, peft_prompts
 from fettle.export.common import refuse_linear_experts, save_tokenizer, write_manifest
 from fettle.export.parity import Parity, check, measure, silently, wide_logits
+from fettle.export.readback import reading
 from fettle.models.load import load
 from fettle.models.surgery import added
 from fettle.models.weight import is_quantized
@@ -89,9 +90,12 @@ def export_peft(forest: Forest, edits: Sequence[Edit], folder: Path, dtype: torc
         )
         write_json(aside / CONFIG, _common(forest) | settings)
         save_tokenizer(forest, aside)
-        model, by = _reloaded(forest, rest, aside)
+        fresh = _fresh(forest, rest)
+        by = _reader(fresh.model)
         front = settings["num_virtual_tokens"] if method.in_front and by == "peft" else 0
-        parity = check(reference, lambda rows: _text_logits(model, rows, front), str(folder), by)
+        with reading(folder, by):
+            model = _reloaded(fresh, aside, by)
+            parity = check(reference, lambda rows: _text_logits(model, rows, front), str(folder), by)
         write_manifest(aside, "peft", forest, edits, parity)
     return parity
 
@@ -152,20 +156,34 @@ def _common(forest: Forest) -> Settings:
     }
 
 
-def _reloaded(forest: Forest, rest: Sequence[Edit], folder: Path) -> tuple[nn.Module, str]:
-    """A fresh base, changed by what has no tensors (a quantizer), with the adapter; and who read that."""
+def _fresh(forest: Forest, rest: Sequence[Edit]) -> Forest:
+    """A fresh base, changed by what has no tensors (a quantizer)."""
     dtype = str(forest.dtype).removeprefix("torch.")
     fresh = load(forest.spec.model_copy(update={"dtype": dtype, "device": str(forest.device)}))
     for edit in rest:
         if not edit.tensors(forest.model):
             edit.apply(fresh.model)
-    with silently(), suppress(ImportError):
-        from peft import PeftModel
+    return fresh
 
-        if not any(is_quantized(m) for m in fresh.model.modules()):  # in a form that peft does not know
-            return PeftModel.from_pretrained(fresh.model, folder), "peft"
+
+def _reader(model: nn.Module) -> str:
+    """Who reads an adapter of it back: peft where that is installed and knows the form of the layers, else fettle."""
+    with silently(), suppress(ImportError):
+        import peft  # noqa: F401
+
+        return "fettle" if any(is_quantized(m) for m in model.modules()) else "peft"
+    return "fettle"
+
+
+def _reloaded(fresh: Forest, folder: Path, by: str) -> nn.Module:
+    """A fresh base with the adapter, as the reader `by` opens it."""
+    if by == "peft":
+        with silently():
+            from peft import PeftModel
+
+            return PeftModel.from_pretrained(fresh.model, folder)
     load_peft(fresh, folder)
-    return fresh.model, "fettle"
+    return fresh.model
 
 
 def _text_logits(model: nn.Module, rows: tuple[tuple[int, ...], ...], front: int) -> Tensor:

@@ -97,7 +97,7 @@ def everywhere() -> Iterator[None]:
 
 def unstack(model: nn.Module) -> None:
     """Put linear layers in the places of stacks. FettleError where there are none, or they are laid out otherwise."""
-    found = [(name, m) for name, m in model.named_modules() if _stacks(m)]
+    found = [(name, m) for name, m in model.named_modules() if is_stacked(m)]
     if not found:
         raise FettleError(f"model.experts: {type(model).__name__} has no stacked experts; leave experts: linear out")
     for name, module in found:
@@ -115,7 +115,8 @@ def restack(model: nn.Module) -> None:
         replace(model, name, module.stacked())
 
 
-def _stacks(module: nn.Module) -> bool:
+def is_stacked(module: nn.Module) -> bool:
+    """Whether a module holds experts as stacks."""
     return "expert" in type(module).__name__.lower() and any(p.ndim == 3 for p in module.parameters(recurse=False))
 
 

@@ -53,6 +53,9 @@ class _Place(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_out(base)
         self.bias, self.dtype = base.bias, base.weight.dtype
+        # What initializes a model may reach for the weights of the layers in it, as T5's attention does.
+        self.weight = torch.empty(0)
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def filled(self, packed: Quantized, quantizer: AsLoaded) -> QuantizedLinear:
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")

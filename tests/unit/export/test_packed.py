@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from fettle.core import FettleError
 from fettle.core.files import read_json, verify
@@ -118,6 +119,34 @@ def test_a_file_that_differs_leaves_nothing(tiny_llama: Path, tmp_path: Path, mo
     assert not list(tmp_path.iterdir())
 
 
+READERS = {
+    "hf": ("fettle.export.hf.auto_class", "transformers"),
+    "peft": ("fettle.export.peft.wide_logits", "fettle"),
+    "gptq": ("fettle.export.packed.load", "fettle"),
+    "compressed-tensors": ("fettle.export.compressed_tensors.auto_class", "transformers with compressed-tensors"),
+    "bitsandbytes": ("fettle.export.bitsandbytes.auto_class", "transformers with bitsandbytes"),
+}
+
+
+@pytest.mark.parametrize("to", READERS)
+def test_a_reader_that_fails_is_named_and_leaves_nothing(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    place, by = READERS[to]
+
+    def fails(*given: Any) -> None:
+        raise RuntimeError("no such layer\nand more")
+
+    edits = [W4, LoRA(rank=4)]
+    forest = opened(tiny_llama, *edits)
+    monkeypatch.setattr(place, fails)
+    settings = {"type": "nf4"} if to == "bitsandbytes" else {}
+    sentence = rf"out: {by} could not read back what was written \(RuntimeError: no such layer\); nothing was written"
+    with pytest.raises(FettleError, match=sentence) as caught:
+        export(forest, edits, tmp_path / "out", to, **settings)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
 def test_what_is_missing_is_said(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
@@ -149,6 +178,38 @@ def test_a_classifier_keeps_its_head(tmp_path: Path) -> None:
     parity = export(forest, [edit], tmp_path / "out", "compressed-tensors")
     assert parity.written_difference <= parity.tolerance
     assert "classifier" in read_json(tmp_path / "out" / "config.json")["quantization_config"]["ignore"]
+
+
+@pytest.mark.parametrize("to", PACKED)
+def test_a_model_that_initializes_the_layers_inside_its_parts(tmp_path: Path, to: str) -> None:
+    """As T5 does, whose attention reaches for the weights of q, k and v: its folders are read back, and are bases again."""
+    even = to != "compressed-tensors"  # those with zero points transformers dequantizes as it opens them
+    edit = RTN(grid=Grid(bits=4, group=16, symmetric=even, scale="float16" if even else "float32"))
+    forest = opened(make("t5", tmp_path / "base"), edit)
+    parity = export(forest, [edit], tmp_path / "out", to)
+    assert parity.written_difference <= parity.tolerance
+    again = quantized(opened(tmp_path / "out").model)
+    assert again.keys() == quantized(forest.model).keys()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("to", PACKED)
+def test_stacked_experts_stay_dense_beside_packed_layers(tokenizer: Any, tmp_path: Path, to: str, dtype: str) -> None:
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, pad_token_id=3, eos_token_id=2, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    forest = opened(tmp_path / "base", W4, dtype=dtype)
+    parity = export(forest, [W4], tmp_path / "out", to)
+    assert parity.written_difference <= parity.tolerance
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert (
+        "model.layers.0.block_sparse_moe.experts.3.w1.weight" in stored
+    )  # as checkpoints of the architecture have them
+    assert len(quantized(opened(tmp_path / "out").model)) == 4
 
 
 def test_every_format_is_known_to_the_command() -> None:
