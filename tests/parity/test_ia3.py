@@ -16,6 +16,8 @@ from fettle.models.forest import Forest
 from fettle.models.load import load
 from fettle.models.spec import ModelSpec
 from fettle.peft import IA3, LoRA
+from fettle.quantize import NF4
+from fettle.stages.artifact import apply_edits
 
 peft: Any = pytest.importorskip("peft")
 TOKENS = torch.randint(0, 300, (2, 23), generator=torch.Generator().manual_seed(0))
@@ -97,6 +99,23 @@ def test_our_folder_loads_in_peft_with_equal_logits_and_gradients(
         if "ia3_l" in name:
             ours = name.removeprefix("base_model.model.").replace("ia3_l.default", "scale")
             assert torch.allclose(mine[ours], parameter.grad.flatten(), atol=1e-10), name
+
+
+@pytest.mark.parametrize("edit", [IA3(), LoRA(rank=2)], ids=lambda edit: edit.kind)
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_on_four_bits_peft_puts_it_on_what_these_stand_for(
+    bases: dict[str, Path], tmp_path: Path, base: str, edit: IA3 | LoRA
+) -> None:
+    packed = NF4()
+    forest = apply_edits(opened(bases[base]), [packed, edit])
+    stirred(edit.tensors(forest.model).values())
+    parity = export(forest, [packed, edit], tmp_path / "out", "peft")
+    assert parity.checked_with == "fettle"
+    dense = apply_edits(opened(bases[base]), [packed])
+    packed.merge(dense.model)
+    theirs = peft.PeftModel.from_pretrained(dense.model, tmp_path / "out")
+    assert theirs.peft_config["default"].fan_in_fan_out == (base == "gpt2")
+    assert torch.allclose(logits(theirs), logits(forest.model), atol=parity.tolerance)
 
 
 def test_what_peft_cannot_say_and_what_does_not_fit_are_sentences(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fettle.core import FettleError
 from fettle.core.spec import nearest
-from fettle.export.peft_lora import CONFIG, WEIGHTS, short_targets
+from fettle.export.peft_lora import CONFIG, WEIGHTS, is_in_out, short_targets
 from fettle.models.select import linears
-from fettle.models.weight import innermost, is_adapter
+from fettle.models.weight import is_adapter, is_linear
 from fettle.peft import IA3
 from fettle.peft.ia3 import Scaled, scaled_layers
 
@@ -34,18 +33,18 @@ def write(model: nn.Module, edit: IA3) -> tuple[dict[str, Any], dict[str, Tensor
     for name, module in model.named_modules():
         if not isinstance(module, Scaled) or module.edit != edit:
             continue
-        if not isinstance(innermost(module), nn.Linear | Conv1D) or is_adapter(module.base):
+        if not is_linear(module) or is_adapter(module.base):
             what = "another adapter inside" if is_adapter(module.base) else "a vector for the inside of experts"
             raise FettleError(f"export: {name} has {what}, which a peft folder cannot say; use --to hf")
         names[module.of_input].append(name)
-        flat.append(innermost(module))
+        flat.append(module)
         tensors[f"base_model.model.{name}.ia3_l"] = module.scale[None] if module.of_input else module.scale[:, None]
     inputs, outputs = (list(short_targets(model, names[kind])) for kind in (True, False))
     settings = {
         "peft_type": "IA3",
         "target_modules": outputs + inputs,
         "feedforward_modules": inputs,
-        "fan_in_fan_out": all(isinstance(m, Conv1D) for m in flat),
+        "fan_in_fan_out": all(is_in_out(m) for m in flat),
         "modules_to_save": None,
         "init_ia3_weights": True,
     }

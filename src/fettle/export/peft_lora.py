@@ -78,7 +78,7 @@ def write(model: nn.Module, edit: LoRA | AdaLoRA) -> tuple[dict[str, Any], dict[
         raise FettleError(
             "export: no layer has any rank left, so there is no adapter to write; train with a larger budget"
         )
-    flat = [innermost(m) for m in layers.values() if not is_embedding(m)]
+    flat = [m for m in layers.values() if not is_embedding(m)]
     rank, alpha = (Counter(table.values()).most_common(1)[0][0] for table in (ranks, alphas))
     settings = {
         "peft_type": "LORA",
@@ -90,12 +90,18 @@ def write(model: nn.Module, edit: LoRA | AdaLoRA) -> tuple[dict[str, Any], dict[
         "use_rslora": rslora,
         "use_dora": isinstance(edit, LoRA) and edit.dora,
         "target_modules": list(short_targets(model, list(ranks))),
-        "fan_in_fan_out": bool(flat) and all(isinstance(m, Conv1D) for m in flat),
+        "fan_in_fan_out": bool(flat) and all(is_in_out(m) for m in flat),
         "bias": "none",
         "modules_to_save": None,
         "init_lora_weights": True,
     }
     return settings, tensors
+
+
+def is_in_out(layer: nn.Module) -> bool:
+    """Whether the base stores a layer's weight as [in, out], packed here or not: `fan_in_fan_out`."""
+    inner = innermost(layer)
+    return bool(getattr(inner, "transposed", isinstance(inner, Conv1D)))
 
 
 def _number(alpha: float) -> float | int:
