@@ -15,7 +15,7 @@ A and B are float32 masters whatever the base's type: an update of 1e-5 is lost 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import chain
 from typing import Any, Literal, TypeVar
 
@@ -45,6 +45,7 @@ from fettle.peft.dora import rescale, row_norms
 from fettle.peft.pissa import principal, without_start
 
 T = TypeVar("T")
+Start = Callable[[nn.Module, "LoRA", int, float], tuple[Tensor, Tensor]]  # (base, edit, rank, scale) -> (A, B)
 
 
 def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
@@ -131,12 +132,12 @@ class LoRALinear(nn.Module):
     a0: Tensor
     b0: Tensor
 
-    def __init__(self, base: nn.Module, edit: LoRA, rank: int, alpha: float) -> None:
+    def __init__(self, base: nn.Module, edit: LoRA, rank: int, alpha: float, start: Start) -> None:
         super().__init__()
         self.base, self.edit, self.enabled = base, edit, True
         self.rank, self.alpha = rank, alpha
         self.scale = alpha / (math.sqrt(rank) if edit.rslora else rank)
-        a, b = _start(base, edit, rank, self.scale)
+        a, b = start(base, edit, rank, self.scale)
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
         if edit.init == "pissa":
             self.register_buffer("a0", a.clone())
@@ -203,7 +204,7 @@ class LoRALinear(nn.Module):
 
 
 def _start(base: nn.Module, edit: LoRA, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    inputs, outputs = in_out(base)
+    """(A, B) as training begins."""
     where = place(base)
     if edit.init == "pissa":
         a, b = principal(read_weight(base), rank, scale, edit.iterations)
@@ -212,12 +213,20 @@ def _start(base: nn.Module, edit: LoRA, rank: int, scale: float) -> tuple[Tensor
         b, a = base.residual  # type: ignore[misc]
         base.residual = None  # type: ignore[assignment]  # it is handed over
         return a.to(**where) / math.sqrt(scale), b.to(**where) / math.sqrt(scale)
-    a, b = torch.zeros(rank, inputs, **where), torch.zeros(outputs, rank, **where)
+    a, b = _blank(base, edit, rank, scale)
     if is_embedding(base):
         nn.init.normal_(b)
     else:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     return a, b
+
+
+def _blank(base: nn.Module, edit: LoRA, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(A, B) of zeros, for tensors that are there; what LoftQ left is in those."""
+    if edit.init == "loftq":
+        base.residual = None  # type: ignore[assignment]
+    inputs, outputs = in_out(base)
+    return torch.zeros(rank, inputs, **place(base)), torch.zeros(outputs, rank, **place(base))
 
 
 class LoRA(Edit):
@@ -248,6 +257,13 @@ class LoRA(Edit):
 
     def apply(self, model: nn.Module) -> None:
         """Wrap the targets. FettleError where one matches nothing, is smaller than its rank, or cannot be wrapped."""
+        self._wrap(model, _start)
+
+    def outline(self, model: nn.Module, names: Collection[str] | None = None) -> None:
+        """The same; with an artifact's tensors to come, nothing is made that a start is made of."""
+        self._wrap(model, _start if names is None else _blank)
+
+    def _wrap(self, model: nn.Module, start: Start) -> None:
         found = adaptable(model, self.targets)
         ranks, alphas = by_layer(self.ranks, found, "lora.ranks"), by_layer(self.alphas, found, "lora.alphas")
         for name, base in found.items():
@@ -255,7 +271,9 @@ class LoRA(Edit):
             alpha = alphas.get(name, self.usual_alpha(rank))
             name, base = beneath(name, base)
             self._check(name, base, rank)
-            replace(model, name, LoRALinear(base, self, rank, alpha))
+            if start is _start and self.init == "loftq":
+                _check_residual(name, base, rank)
+            replace(model, name, LoRALinear(base, self, rank, alpha, start))
 
     def usual_alpha(self, rank: int) -> float:
         """Where no pattern names another: as given, else a constant for rsLoRA, whose point it is, else twice the rank."""
@@ -268,15 +286,6 @@ class LoRA(Edit):
             what = "dora" if self.dora else f"init: {self.init}"
             raise FettleError(
                 f"lora: '{what}' needs the plain weight of {name}, which has an adapter already; put this edit before that one"
-            )
-        residual = getattr(base, "residual", None)
-        if self.init == "loftq" and residual is None:
-            raise FettleError(
-                f"lora: 'init: loftq' finds no residual at {name}; quantize it before with loftq, as in {{kind: nf4, loftq: {{rank: {rank}}}}}"
-            )
-        if self.init == "loftq" and residual is not None and residual[0].shape[1] != rank:
-            raise FettleError(
-                f"lora: rank {rank} of {name} is not the {residual[0].shape[1]} of the quantizer's loftq; make them equal"
             )
         inner = innermost(base)
         if is_embedding(base) and type(inner).forward is not nn.Embedding.forward and not hasattr(inner, "embed_scale"):
@@ -308,6 +317,18 @@ class LoRA(Edit):
             untie(model, module.base)
             write_weight(module.base, weight)
             replace(model, name, module.base)
+
+
+def _check_residual(name: str, base: nn.Module, rank: int) -> None:
+    residual = getattr(base, "residual", None)
+    if residual is None:
+        raise FettleError(
+            f"lora: 'init: loftq' finds no residual at {name}; quantize it before with loftq, as in {{kind: nf4, loftq: {{rank: {rank}}}}}"
+        )
+    if residual[0].shape[1] != rank:
+        raise FettleError(
+            f"lora: rank {rank} of {name} is not the {residual[0].shape[1]} of the quantizer's loftq; make them equal"
+        )
 
 
 def by_layer(patterns: Mapping[str, T], names: Iterable[str], key: str) -> dict[str, T]:

@@ -44,8 +44,7 @@ def open_adapters(refs: Mapping[str, str], **changes: Any) -> tuple[Forest, Adap
     found = {}
     for name, other in made.items():
         loras = [edit for edit in other.edits if not _is_shared(edit)]
-        for edit in loras:
-            edit.apply(forest.model)
+        outline_edits(forest, other.edits, folders[name] / TENSORS, only=lambda edit: not _is_shared(edit))
         if name != first and (odd := _differing(forest, other.edits, folders[name] / TENSORS)):
             raise FettleError(
                 f"adapters: '{name}' and '{first}' have not one base: '{odd}' of their quantized base differs; open them apart"

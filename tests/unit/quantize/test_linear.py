@@ -28,6 +28,7 @@ from fettle.peft import LoRA
 from fettle.peft.lora import LoRALinear
 from fettle.quantize import NF4, RTN, Grid, LoftQ
 from fettle.quantize.linear import QuantizedLinear, describe, quantized, requantizing
+from fettle.stages.adapters import open_adapters
 from fettle.stages.artifact import apply_edits, open_artifact, save_artifact
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -73,8 +74,8 @@ def logits(model: nn.Module) -> Tensor:
     return model(input_ids=TOKENS, **({"labels": TOKENS} if hasattr(model, "encoder") else {})).logits
 
 
-def disturb(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(2)
+def disturb(model: nn.Module, seed: int = 2) -> None:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -256,6 +257,21 @@ def test_saved_and_opened_it_is_the_same_bit_for_bit(edits: Any, tiny_llama: Pat
     for name, layer in quantized(forest.model).items():
         other = opened.model.get_submodule(name).packed.tensors()
         assert all(torch.equal(t, other[k]) for k, t in layer.packed.tensors().items())
+
+
+def test_two_loras_from_loftq_open_on_one_base(tiny_llama: Path, tmp_path: Path) -> None:
+    edits = (NF4(loftq=LoftQ(rank=4)), LoRA(rank=4, init="loftq"))
+    wanted: dict[str, Tensor] = {}
+    for i, name in enumerate(("one", "two")):
+        forest = apply_edits(load(ModelSpec(path=str(tiny_llama), dtype="float32")), edits)
+        disturb(forest.model, seed=i)
+        save_artifact(tmp_path / name, forest, edits, {})
+        wanted[name] = logits(forest.model)
+    shared, adapters = open_adapters({name: str(tmp_path / name) for name in wanted})
+    for name, expected in wanted.items():
+        adapters.use(name)
+        assert torch.allclose(logits(shared.model), expected, atol=1e-5)
+    assert not torch.allclose(wanted["one"], wanted["two"], atol=1e-2)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
