@@ -270,6 +270,18 @@ def quantized(model: nn.Module, edit: WeightQuantizer | None = None) -> dict[str
     }
 
 
+def require_no_residual(model: nn.Module) -> None:
+    """FettleError where LoftQ took an update off a weight and no LoRA began from it: what is left is worse than plain rounding."""
+    left = {name.split(".base")[0]: layer.residual for name, layer in quantized(model).items()}
+    waiting = {name: residual[0].shape[1] for name, residual in left.items() if residual is not None}
+    if waiting:
+        (name, rank), more = next(iter(waiting.items())), len(waiting) - 1
+        raise FettleError(
+            f"edits: loftq took an update of rank {rank} off {name}{f' and {more} more' if more else ''}, and no lora begins from it; "
+            f"add {{kind: lora, rank: {rank}, init: loftq}} with the quantizer's targets, or leave loftq out"
+        )
+
+
 def kept(model: nn.Module, edit: WeightQuantizer, always: bool = False) -> dict[str, Tensor]:
     """What an artifact must keep of a quantizer: static ranges, and packed weights where they are no function of the base alone.
 

@@ -27,6 +27,7 @@ from fettle.core.spec import Spec
 from fettle.models.forest import Forest
 from fettle.models.load import base_hash, folder_of, load
 from fettle.models.spec import ModelSpec
+from fettle.quantize.linear import require_no_residual
 from fettle.stages.edits import AnyEdit, naming
 
 TENSORS = "edits.safetensors"
@@ -45,9 +46,15 @@ def apply_edits(forest: Forest, edits: Sequence[Edit], seed: int = 0) -> Forest:
     What an edit draws at random is a function of `seed` and of its place in the list.
     """
     forest.model.requires_grad_(False)
+    return add_edits(forest, edits, seed)
+
+
+def add_edits(forest: Forest, edits: Sequence[Edit], seed: int, place: int = 0) -> Forest:
+    """Apply more edits in order, the first as the `place`-th of the model. FettleError where the list does not end whole."""
     for i, edit in enumerate(edits):
         with naming(i, edit):
-            add_edit(forest, edit, seed, i)
+            add_edit(forest, edit, seed, place + i)
+    require_no_residual(forest.model)
     return forest
 
 
@@ -180,9 +187,14 @@ def find_artifact(ref: str) -> Path | None:
 
 
 def open_model(ref: str, **changes: Any) -> tuple[Forest, tuple[Edit, ...]]:
-    """An artifact's folder (or the run's folder around it), a model folder, a hub id or 'fettle/tiny'."""
+    """An artifact's folder (or the run's folder around it), a model folder, a hub id or 'fettle/tiny'; ready to be used."""
     if (folder := find_artifact(ref)) is not None:
-        return open_artifact(folder, **changes)
+        forest, edits = open_artifact(folder, **changes)
+        try:
+            require_no_residual(forest.model)
+        except FettleError as error:
+            raise FettleError(f"{folder}: {error}") from None
+        return forest, edits
     _require_ended(ref)
     return load(ModelSpec(path=ref).model_copy(update=changes)), ()
 

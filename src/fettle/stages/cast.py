@@ -30,8 +30,8 @@ from fettle.models.load import load
 from fettle.models.spec import ModelSpec
 from fettle.models.twin import twin, unchanged, with_task
 from fettle.peft import LoRA
-from fettle.stages.artifact import add_edit, find_artifact, open_artifact, outline_edits, read_artifact
-from fettle.stages.edits import AnyEdit, naming
+from fettle.stages.artifact import add_edits, find_artifact, open_artifact, outline_edits, read_artifact
+from fettle.stages.edits import AnyEdit
 
 PLACE = 1000  # of the critic's edits among those that draw at random
 
@@ -93,7 +93,7 @@ def cast(part: Part, of_a_run: dict[str, Any]) -> Cast:
             base, before = open_artifact(part.parent, base=twin(base), **of_a_run)
     base.model.requires_grad_(False)
     start = twin(base)
-    policy = added(base, part.edits, part.seed, len(before))
+    policy = add_edits(base, part.edits, part.seed, len(before))
     moved = [p for p in start.model.parameters() if p.requires_grad]
     if moved:
         rewards = {ref: frozen_twin(forest, moved) for ref, forest in rewards.items()}
@@ -105,14 +105,6 @@ def cast(part: Part, of_a_run: dict[str, Any]) -> Cast:
         return Cast(policy, before, edits, rewards, policy.reference)
     kept = frozen_twin(start, moved)
     return Cast(policy, before, edits, rewards, lambda: resting(kept))
-
-
-def added(forest: Forest, edits: Sequence[Edit], seed: int, place: int) -> Forest:
-    """The forest with edits applied, the first as the `place`-th of the model."""
-    for i, edit in enumerate(edits):
-        with naming(i, edit):
-            add_edit(forest, edit, seed, place + i)
-    return forest
 
 
 def frozen_twin(start: Forest, moved: Sequence[torch.Tensor]) -> Forest:
@@ -149,12 +141,10 @@ def hang_critic(policy: Forest, start: Forest, part: Part, rewards: dict[str, Fo
         return ()
     trained = {id(p) for p in policy.model.parameters() if p.requires_grad}
     shared = {id(p) for p in policy.model.parameters()}
-    for i, edit in enumerate(edits):
-        try:
-            with naming(i, edit):
-                add_edit(start, edit, part.seed, PLACE + i)
-        except FettleError as error:
-            raise FettleError(f"critic.{error}") from error
+    try:
+        add_edits(start, edits, part.seed, PLACE)
+    except FettleError as error:
+        raise FettleError(f"critic.{error}") from error
     if any(p.requires_grad and id(p) in shared - trained for p in start.model.parameters()):
         raise FettleError(
             "critic.edits: train weights that the policy shares; give the critic edits beside them, such as lora"

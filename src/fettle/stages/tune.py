@@ -35,7 +35,7 @@ from fettle.models.weight import count_weights
 from fettle.objectives import SFT, AnyObjective, Reward
 from fettle.quantize.linear import describe
 from fettle.stages.artifact import (
-    add_edit,
+    add_edits,
     apply_edits,
     is_artifact,
     open_artifact,
@@ -44,7 +44,7 @@ from fettle.stages.artifact import (
 )
 from fettle.stages.check import gate, preflight
 from fettle.stages.deltas import bring, tuned_identity
-from fettle.stages.edits import AnyEdit, naming
+from fettle.stages.edits import AnyEdit
 from fettle.stages.heads import HEAD, headed_for, load_for, objective_for, with_head
 from fettle.stages.reference import Kept, identity_of, refer, reference_identity
 from fettle.stages.report import write_report
@@ -179,7 +179,7 @@ class Recipe(Stage):
         else:
             forest, before = open_artifact(parent, **self._of_its_model())
             edits = (*before, *with_head(forest, self.edits))
-            self._added(forest, before)
+            add_edits(forest, with_head(forest, self.edits), self.seed, len(before))
         bring(forest, self.edits)
         return forest, edits
 
@@ -199,13 +199,7 @@ class Recipe(Stage):
         edits = [*with_head(forest, before[0].edits), *(edit for stage in before[1:] for edit in stage.edits)]
         outline_edits(forest, edits)
         forest.model.requires_grad_(False)
-        return self._added(forest, edits)
-
-    def _added(self, forest: Forest, before: Sequence[Edit]) -> Forest:
-        for i, edit in enumerate(with_head(forest, self.edits)):
-            with naming(i, edit):
-                add_edit(forest, edit, self.seed, len(before) + i)
-        return forest
+        return add_edits(forest, with_head(forest, self.edits), self.seed, len(edits))
 
     def corpus(self, forest: Forest) -> Corpus:
         """The recipe's data, tokenized for its model."""

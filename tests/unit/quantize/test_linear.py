@@ -29,7 +29,7 @@ from fettle.peft.lora import LoRALinear
 from fettle.quantize import NF4, RTN, Grid, LoftQ
 from fettle.quantize.linear import QuantizedLinear, describe, quantized, requantizing
 from fettle.stages.adapters import open_adapters
-from fettle.stages.artifact import apply_edits, open_artifact, save_artifact
+from fettle.stages.artifact import apply_edits, open_artifact, open_model, save_artifact
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -257,6 +257,26 @@ def test_saved_and_opened_it_is_the_same_bit_for_bit(edits: Any, tiny_llama: Pat
     for name, layer in quantized(forest.model).items():
         other = opened.model.get_submodule(name).packed.tensors()
         assert all(torch.equal(t, other[k]) for k, t in layer.packed.tensors().items())
+
+
+@pytest.mark.parametrize(
+    ("rest", "said"),
+    [
+        ((), "off model.layers.0.self_attn.q_proj and 13 more"),
+        ((LoRA(rank=4),), "off model.layers.0.self_attn.q_proj and 13 more"),
+        ((LoRA(rank=4, init="loftq", targets=("q_proj", "v_proj")),), "off model.layers.0.self_attn.k_proj and 9 more"),
+    ],
+    ids=["nothing after it", "another start", "some layers"],
+)
+def test_what_loftq_takes_off_must_go_to_a_lora(rest: Any, said: str, tiny_llama: Path, tmp_path: Path) -> None:
+    edits = (NF4(loftq=LoftQ(rank=4)), *rest)
+    forest = load(ModelSpec(path=str(tiny_llama), dtype="float32"))
+    sentence = rf"edits: loftq took an update of rank 4 {said}, .*; add {{kind: lora, rank: 4, init: loftq}}"
+    with pytest.raises(FettleError, match=rf"^{sentence}"):
+        apply_edits(forest, edits)
+    save_artifact(tmp_path / "artifact", forest, edits, {})  # as a stage that quantizes leaves it to the next
+    with pytest.raises(FettleError, match=rf"artifact: {sentence}"):
+        open_model(str(tmp_path / "artifact"))
 
 
 def test_two_loras_from_loftq_open_on_one_base(tiny_llama: Path, tmp_path: Path) -> None:

@@ -40,6 +40,24 @@ def recipe(tmp_path: Path, tiny_llama: Path) -> Any:
     return write
 
 
+def test_a_later_stage_must_take_what_loftq_left(recipe: Any, tmp_path: Path) -> None:
+    flat = recipe("{kind: rtn, grid: {bits: 4, group: 16}, loftq: {rank: 2}}").read_text()
+    data = write_rows(tmp_path / "pairs.jsonl", [{"prompt": f"Count {i}.", "completion": "one two"} for i in range(12)])
+    first = "\n".join(("- " if not i else "  ") + line for i, line in enumerate(flat.strip().splitlines()))
+
+    def looked_at(lora: str) -> list[bool]:
+        file = tmp_path / "stages.yaml"
+        file.write_text(
+            f"stages:\n{first}\n- edits: [{lora}]\n  data: [{{path: {data}}}]\n"
+            f"  optim: {{steps: 3}}\n  batch: {{tokens: 64}}\n  output: {tmp_path / 'tuned'}\n"
+        )
+        return [r.ok for r in check(load_recipe(file), 0, Console(quiet=True), time_steps=False)]
+
+    assert looked_at("{kind: lora, rank: 2, init: loftq}") == [True, True]
+    with pytest.raises(FettleError, match="stage 2 .*loftq took an update of rank 2 off .*q_proj and 13 more"):
+        looked_at("{kind: lora, rank: 2}")
+
+
 @pytest.mark.parametrize(
     ("edits", "row"),
     [
