@@ -65,6 +65,13 @@ OTHERS: dict[str, tuple[Any, str, dict[str, Any]]] = {
         AutoModelForSeq2SeqLM, "t5",
         {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0},
     ),
+    "bart": (
+        AutoModelForSeq2SeqLM, "bart",
+        {
+            "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+            "encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 0.0, "decoder_start_token_id": 2,
+        },
+    ),
 }  # fmt: skip
 EVERY = (*CAUSAL, *OTHERS)
 
@@ -84,7 +91,7 @@ class Row:
         return "-".join([type(self.edit).__name__, *(f"{k}={v}" for k, v in said.items() if k != "kind")])
 
 
-BIASED = ("gpt2", "opt", "bert", "roberta")  # every linear layer of theirs has a bias
+BIASED = ("gpt2", "opt", "bert", "roberta", "bart")  # every linear layer of theirs has a bias
 ROOM = ("llama", "qwen3_moe", *BIASED)  # ... or can be given one by the configuration
 NO_ROOM = tuple(sorted(set(EVERY) - set(ROOM)))
 ROWS = [
@@ -137,6 +144,8 @@ def build(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
             nn.init.normal_(parameter, std=0.15)
         elif key.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
+    if (beside := getattr(model, "final_logits_bias", None)) is not None:
+        nn.init.normal_(beside)
     return model.to(dtype).eval().requires_grad_(False)
 
 

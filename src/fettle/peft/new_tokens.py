@@ -53,21 +53,29 @@ class GrownEmbedding(nn.Module):
 
 
 class GrownHead(nn.Module):
-    """A head [V, C] whose logits from `first` on come from rows that train."""
+    """A head [V, C] whose logits from `first` on come from rows that train.
+
+    `beside` is what the model itself adds to the logits, as BART does: here it is added as long as it is, to the old ones.
+    """
+
+    beside: Tensor | None  # [1, V]
 
     @property
     def in_out(self) -> tuple[int, int]:
         """(C, V')."""
         return self.rows.shape[1], rows_of(self)
 
-    def __init__(self, base: nn.Module, edit: NewTokens, first: int, rows: nn.Parameter) -> None:
+    def __init__(self, base: nn.Module, edit: NewTokens, first: int, rows: nn.Parameter, beside: Tensor | None) -> None:
         super().__init__()
         self.base, self.edit, self.enabled = base, edit, True
         self.first, self.rows = first, rows
+        self.register_buffer("beside", beside)
 
     def forward(self, h: Tensor) -> Tensor:
         """h [.., C] -> [.., max(V, first + n)]."""
         old = self.base(h)
+        if self.beside is not None:
+            old = old + self.beside.to(old)
         if not self.enabled:
             return old
         new = F.linear(h, self.rows.to(h.dtype))
@@ -133,7 +141,10 @@ class NewTokens(Edit):
         if head is not None:
             tied = innermost(head).weight is table.weight
             own = rows if tied else nn.Parameter(self._start(head, chosen))
-            model.set_output_embeddings(GrownHead(head, self, first, own).train(head.training))
+            beside = getattr(model, "final_logits_bias", None)
+            model.set_output_embeddings(GrownHead(head, self, first, own, beside).train(head.training))
+            if beside is not None:
+                model.final_logits_bias = beside.new_zeros(1, 1)  # as wide as any logits
         model.set_input_embeddings(GrownEmbedding(embedding, self, first, rows).train(embedding.training))
         set_vocabulary(model, size)
 
@@ -160,7 +171,12 @@ class NewTokens(Edit):
             stop = outer.first + len(outer.rows)
             for key in ("weight", "bias"):
                 _lengthen(model, getattr(table, key, None), stop)
+            if (beside := getattr(outer, "beside", None)) is not None:
+                model.final_logits_bias = F.pad(beside, (0, len(table.weight) - beside.shape[1]))
+                model.final_logits_bias[:, outer.first : stop] = 0
             table.weight.data[outer.first : stop] = outer.rows.detach().to(table.weight.dtype)
+            if getattr(table, "bias", None) is not None:
+                table.bias.data[outer.first : stop] = 0
             if isinstance(table, nn.Embedding):
                 table.num_embeddings = len(table.weight)
             elif isinstance(table, nn.Linear):

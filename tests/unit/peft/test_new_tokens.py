@@ -17,6 +17,7 @@ from fettle.models.spec import ModelSpec
 from fettle.peft import LoRA, NewTokens
 from fettle.peft.new_tokens import GrownEmbedding, GrownHead
 from fettle.stages.artifact import apply_edits, open_artifact, save_artifact
+from small import make
 
 EDIT = NewTokens(tokens=("quokka", "zebu herd"))
 
@@ -106,10 +107,22 @@ def test_the_model_learns_to_say_a_new_word(tiny_llama: Path) -> None:
     assert int(said) == new and forest.tokenizer.decode([int(said)]) == "quokka"
 
 
-def test_rows_that_a_model_has_to_spare_are_used(tiny_llama: Path) -> None:
-    forest = opened(tiny_llama)
-    forest.model.resize_token_embeddings(len(forest.tokenizer) + 1)
+@pytest.mark.parametrize("kind", ["llama", "phi", "bart"])  # phi's head has a bias, and BART adds one to all logits
+def test_rows_that_a_model_has_to_spare_are_used(tiny_llama: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "phi":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+        config = AutoConfig.for_model(kind, vocab_size=len(AutoTokenizer.from_pretrained(tiny_llama)), **sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / kind)
+    elif kind == "bart":
+        make(kind, tmp_path / kind)
+    forest = opened(tiny_llama if kind == "llama" else tmp_path / kind)
     rows, base = len(forest.tokenizer) + 1, len(forest.tokenizer)
+    forest.model.resize_token_embeddings(rows)
+    generator = torch.Generator().manual_seed(2)
+    for tensor in (getattr(forest.model, "final_logits_bias", None), forest.model.get_output_embeddings().bias):
+        if tensor is not None:
+            tensor.data.normal_(generator=generator)
     apply_edits(forest, [EDIT])
     stirred(forest)
     ids = [3, base, base + 1]
