@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from fettle.core.errors import FettleError
 from fettle.core.files import read_json
 from fettle.export import export, load_peft
 from fettle.export.parity import plain_logits, probes
 from fettle.models.forest import Forest
 from fettle.models.load import load
 from fettle.models.spec import ModelSpec
-from fettle.peft import IA3, AdaLoRA, LoRA, PTuningV2, TaskHead
+from fettle.peft import IA3, AdaLoRA, Full, LoRA, PTuningV2, TaskHead
 from fettle.peft.adalora import AdaLoRALinear
 from fettle.peft.lora import LoRALinear
 from fettle.quantize import NF4
@@ -138,6 +139,44 @@ def test_tied_weights_come_apart_as_in_peft(tiny_gpt2: Path, tmp_path: Path, tar
     back = opened(tiny_gpt2)
     load_peft(back, tmp_path / "adapter")
     assert torch.equal(logits(back.model), logits(forest.model))
+
+
+@pytest.mark.parametrize("targets", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_weights_tied_four_times_come_apart_as_in_peft(kind: str, targets: str, tmp_path: Path) -> None:
+    """A head and the embeddings of an encoder and a decoder, which share one weight."""
+    forest, edit = opened(make(kind, tmp_path / "base")), LoRA(rank=2, targets=targets)
+    edit.apply(forest.model)
+    liven(edit.tensors(forest.model).values())
+    adapter, merged = (export(forest, [edit], tmp_path / to, to) for to in ("peft", "hf"))
+    assert adapter.checked_with == "peft" and adapter.largest_difference < 1e-5
+    assert merged.checked_with == "transformers" and merged.largest_difference < 1e-5
+    assert merged.effect_kept == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"), [("gpt2", "wte"), ("gpt2", "lm_head"), ("t5", "shared"), ("bart", "lm_head")]
+)
+def test_a_tied_weight_that_trains_goes_to_every_module_that_has_it(
+    kind: str, target: str, tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    folder = tiny_gpt2 if kind == "gpt2" else make(kind, tmp_path / "base")
+    edits = [Full(targets=target), LoRA(rank=2)]
+    forest = apply_edits(opened(folder), edits)
+    liven(t for e in edits for t in e.tensors(forest.model).values())
+    parity = export(forest, edits, tmp_path / "out", "peft")
+    assert parity.checked_with == "peft" and parity.written_difference <= parity.tolerance
+    again = opened(folder)
+    load_peft(again, tmp_path / "out")
+    rows = probes(40, 30)
+    assert torch.equal(plain_logits(again.model, rows), plain_logits(forest.model, rows))
+
+
+def test_what_trains_inside_of_an_adapter_is_no_module_for_peft(tiny_gpt2: Path, tmp_path: Path) -> None:
+    edits = [Full(targets="wte"), LoRA(rank=2, targets="lm_head")]  # one weight
+    forest = apply_edits(opened(tiny_gpt2), edits)
+    with pytest.raises(FettleError, match="besides only whole modules that train, .* the edits here are: LoRA, Full"):
+        export(forest, edits, tmp_path / "out", "peft")
 
 
 def test_adalora_goes_out_as_a_lora_of_the_ranks_it_kept(tiny_llama: Path, tmp_path: Path) -> None:

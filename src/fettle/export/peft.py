@@ -26,7 +26,7 @@ from fettle.export.parity import Parity, check, measure, silently, wide_logits
 from fettle.export.readback import reading
 from fettle.models.load import load
 from fettle.models.surgery import added
-from fettle.models.weight import is_quantized
+from fettle.models.weight import is_adapter, is_quantized
 from fettle.peft import IA3, AdaLoRA, Full, HybridPrompt, LoRA, PrefixTuning, PromptTuning, PTuning, PTuningV2
 
 if TYPE_CHECKING:
@@ -118,16 +118,30 @@ def _saved_modules(model: nn.Module, rest: Sequence[Edit], edits: Sequence[Edit]
 
     FettleError where they trained anything else.
     """
-    trained = {name for edit in rest for name in edit.tensors(model)}
+    trained = _everywhere(model, {name for edit in rest for name in edit.tensors(model)})
     others = added(model)
+    wrapped = {f"{name}.base" for name, module in model.named_modules() if is_adapter(module)}
     saved: list[str] = []
     for name, module in model.named_modules():
         own = {f"{name}.{key}" for key, _ in module.named_parameters()}
-        if name and own and own <= trained - others and not name.startswith(tuple(f"{outer}." for outer in saved)):
+        if (
+            name
+            and name not in wrapped
+            and own
+            and own <= trained - others
+            and not name.startswith(tuple(f"{outer}." for outer in saved))
+        ):
             saved.append(name)
     if trained - {f"{name}.{key}" for name in saved for key, _ in _weights_of(model, name)}:
         raise _too_much(edits)
     return tuple(saved)
+
+
+def _everywhere(model: nn.Module, names: set[str]) -> set[str]:
+    """The names of some weights, and the other names of those that are tied: PEFT copies each module that it saves."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    tied = {id(every[name]) for name in names & every.keys()}
+    return names | {name for name, parameter in every.items() if id(parameter) in tied}
 
 
 def _weights_of(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
@@ -251,6 +265,11 @@ def load_peft(forest: Forest, folder: Path) -> tuple[Any, ...]:
         edit.settle(forest.model)
     forest.model.train(forest.model.training)  # new modules begin in training mode, and dropout would be on
     wanted = {key: there for edit in edits for key, there in edit.tensors(forest.model).items()}
+    every = dict(forest.model.named_parameters(remove_duplicate=False))
+    first = {id(every[key]): key for key in wanted.keys() & every.keys()}
+    for key in tensors.keys() & every.keys() - wanted.keys():  # a tied weight once more, under its other name
+        if (same := first.get(id(every[key]))) in tensors and torch.equal(tensors[key], tensors[same]):
+            del tensors[key]
     if wrong := sorted(wanted.keys() ^ tensors.keys()):
         raise FettleError(
             f"{folder}: '{wrong[0]}' stands only in one of the adapter and the model; it belongs to another base"

@@ -104,12 +104,15 @@ def beneath(name: str, module: nn.Module) -> tuple[str, nn.Module]:
 def untie(model: nn.Module, module: nn.Module) -> None:
     """Give `module` a weight of its own where it shares one (as a head does with the embedding), and say so in the config.
 
-    Needed before one of the two is changed: the other would change with it, and a saved model would be tied again.
+    Needed before one of the two is changed: the other would change with it, and a saved model would be tied again. Of more
+    than two, as in BART, all get their own, since a config says of none or of all that they are tied.
     """
     weight = module._parameters.get("weight")
-    if weight is None or sum(m._parameters.get("weight") is weight for m in model.modules()) < 2:
+    sharing = [] if weight is None else [m for m in model.modules() if m._parameters.get("weight") is weight]
+    if weight is None or len(sharing) < 2:
         return
-    module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    for one in sharing[1:]:
+        one.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():  # type: ignore[union-attr, operator]
         config.tie_word_embeddings = False  # type: ignore[union-attr]
 

@@ -271,6 +271,7 @@ class LoRA(Edit):
             alpha = alphas.get(name, self.usual_alpha(rank))
             name, base = beneath(name, base)
             self._check(name, base, rank)
+            _check_runs(name, base, model)
             if start is _start and self.init == "loftq":
                 _check_residual(name, base, rank)
             replace(model, name, LoRALinear(base, self, rank, alpha, start))
@@ -317,6 +318,18 @@ class LoRA(Edit):
             untie(model, module.base)
             write_weight(module.base, weight)
             replace(model, name, module.base)
+
+
+def _check_runs(name: str, base: nn.Module, model: Any) -> None:
+    """FettleError for the embedding of an encoder-decoder that only keeps a weight for those of its two stacks."""
+    if is_embedding(base) and model.config.is_encoder_decoder and model.get_input_embeddings() is base:
+        own, weight = set(base.modules()), base.weight
+        users = [n for n, m in model.named_modules() if m not in own and is_embedding(m) and m.weight is weight]
+        if users:
+            raise FettleError(
+                f"lora: {name} only keeps the weight that {' and '.join(users)} look tokens up in, and an update of it alone would "
+                "change nothing; name those in its place"
+            )
 
 
 def _check_residual(name: str, base: nn.Module, rank: int) -> None:

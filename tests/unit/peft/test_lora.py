@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig
 
 from fettle.core.errors import FettleError
 from fettle.models.rehearsal import fake_model, rehearsing
@@ -141,6 +141,19 @@ def test_what_lora_cannot_do_says_so() -> None:
         AdaLoRA(warmup=0.5, final=0.5)
     with pytest.raises(FettleError, match="10 steps of 'warmup' and 3 of 'final' leave none of 12"):
         AdaLoRA(warmup=10, final=3).ends(12)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_embedding_that_only_keeps_the_weight_is_refused(kind: str) -> None:
+    sizes = {"d_model": 16, "num_layers": 1, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 32}
+    config = AutoConfig.for_model(kind, decoder_start_token_id=0, **sizes)
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    with pytest.raises(FettleError, match=r"shared only keeps the weight that .*encoder\.embed_tokens and .*decoder\."):
+        LoRA(rank=2, targets="shared").apply(model)
+    LoRA(rank=2, targets="embed_tokens").apply(model)
+    ids = torch.arange(5)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n.endswith((".a", ".b")))
 
 
 def test_the_budget_falls_as_a_cube_and_the_least_go() -> None:
