@@ -30,6 +30,7 @@ from fettle.export.gguf_blocks import FLOATS, TYPES, blocks, fitting, rounded
 from fettle.export.gguf_model import Facts, architecture, arranged, named, rope_factors, sizes
 from fettle.export.gguf_tokenizer import Vocabulary, vocabulary
 from fettle.export.parity import QUANTIZED, Parity, check, measure, plain_logits, silently
+from fettle.export.readback import reading
 from fettle.models.tasks import auto_class
 from fettle.models.weight import read_weight
 from fettle.peft.new_tokens import rows_of
@@ -96,11 +97,17 @@ def export_gguf(
     with new_folder(folder) as aside:
         file = aside / f"{_name(forest)}-{made.main}.gguf"
         _write(file, arch, _name(forest), facts, words, made)
-        reread = _reread(forest, model.config, file)
-        parity = check(
-            reference, lambda rows: plain_logits(reread, rows), str(folder), "transformers with gguf", written,
-            lost=QUANTIZED if few else None,
-        )  # fmt: skip
+        by = "transformers with gguf"
+        with reading(folder, by):
+            reread = _reread(forest, model.config, file)
+            parity = check(
+                reference,
+                lambda rows: plain_logits(reread, rows),
+                str(folder),
+                by,
+                written,
+                lost=QUANTIZED if few else None,
+            )
         parity = replace(parity, dtype=made.main)
         more = {"types": dict(made.kinds), "tokenizer": {"rule": words.pre, "other_tokens_for": words.differs}}
         write_manifest(aside, "gguf", forest, edits, parity, costs, **more)

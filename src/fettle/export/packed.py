@@ -149,7 +149,8 @@ def export_folder(
 ) -> Parity:
     """Write a folder of a format, have it read back, compare.
 
-    `reread(aside, inputs)` -> (who reads it, what opens the model then); `inputs` asks for a model that rounds what its layers are given, where the file says so. FettleError where the model is not quantized, or on a grid that the format does not have.
+    `reread(aside, inputs)` -> (who reads it, what opens the model then); `inputs` asks for a model that rounds what its layers
+    are given, where the file says so. FettleError where the model is not quantized, or on a grid that the format does not have.
     """
     if not quantized(forest.model):
         raise FettleError(

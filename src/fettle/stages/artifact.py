@@ -210,6 +210,12 @@ def require_model(key: str, ref: str, before: Sequence[Stage]) -> None:
         raise FettleError(f"{key}: {str(error).removeprefix('model: ')}") from None
 
 
+def require_artifact(key: str, ref: str, before: Sequence[Stage]) -> None:
+    """FettleError, by its key, where there is no artifact, nor will be after the stages `before`."""
+    if not is_planned(ref, before) and find_artifact(ref) is None:
+        raise FettleError(f"{key}: {ref} holds no artifact, and no stage before this one has that output")
+
+
 def is_planned(ref: str, before: Sequence[Stage]) -> bool:
     """Whether one of the stages `before` leaves the artifact that is called so."""
     return any(Path(ref) in (stage.output, stage.output / "artifact") for stage in before)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from fettle.core.errors import FettleError
 from fettle.data.prompts import Prompts
 from fettle.models.memory import predict
 from fettle.stages.artifact import find_artifact
@@ -72,8 +71,6 @@ def _people(stage: Reinforce, before: Sequence[Any]) -> tuple[Cast, list[str]]:
     planned = {str(earlier.output) for earlier in before}
     rewards = [ref for ref in stage.reward.models() if find_artifact(ref) is None and str(Path(ref)) in planned]
     lacking += rewards
-    if stage.parent is not None and parent is None and not chain:
-        raise FettleError(f"parent: {stage.parent} holds no artifact, and no earlier stage has this output")
     edits = [edit for earlier in chain for edit in earlier.edits] if parent is None else []
     return stage.cast(parent, edits, chain, without=rewards), lacking
 

@@ -18,11 +18,12 @@ from pydantic import Field, model_validator
 from rich.console import Console
 
 from fettle.core.errors import FettleError
-from fettle.core.families import Edit
+from fettle.core.families import Edit, Stage
 from fettle.core.files import MANIFEST, sha256
 from fettle.core.spec import Spec, Where, one_of, refuse
 from fettle.data import DataSpec, content_hash, prepare
 from fettle.data.prompts import Prompt, Prompts, read_prompts
+from fettle.data.rows import require_sources
 from fettle.feedback.rewards import AnyReward, Means
 from fettle.generate.remote import Remote
 from fettle.models.critic import detach
@@ -30,7 +31,7 @@ from fettle.models.forest import Forest
 from fettle.models.memory import reset_peak
 from fettle.objectives.grpo import GRPO
 from fettle.objectives.policy import PolicyGradient
-from fettle.stages.artifact import find_artifact
+from fettle.stages.artifact import find_artifact, require_artifact
 from fettle.stages.cast import Cast, CriticSpec, Part, cast
 from fettle.stages.check import Report, gate
 from fettle.stages.rehearse import look, preflight
@@ -98,6 +99,14 @@ class Reinforce(Recipe):
             edit.settle(policy.model)
         self._leave(target, policy, edits, facts, world)
         return target
+
+    def require_files(self, before: Sequence[Stage] = ()) -> None:
+        """FettleError, by its key, where what a tuned stage needs, the parent, reward models or rows of the mix are not there."""
+        super().require_files(before)
+        require_sources("mix.data", self.mix.data if self.mix else ())
+        for key, ref in [("parent", self.parent), *(("reward", ref) for ref in self.reward.models())]:
+            if ref is not None:
+                require_artifact(key, str(ref), before)
 
     def _parent(self, parent: Path | None) -> Path | None:
         """The artifact to begin from. FettleError where the stage that `parent` names has left none."""

@@ -9,7 +9,7 @@ output/checkpoints/         what --resume goes on from
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -33,6 +33,7 @@ from fettle.models.memory import reset_peak
 from fettle.models.spec import ModelSpec
 from fettle.models.weight import count_weights
 from fettle.objectives import SFT, AnyObjective, Reward
+from fettle.quantize.bitdelta import BitDelta
 from fettle.quantize.linear import describe
 from fettle.stages.artifact import (
     add_edits,
@@ -40,13 +41,14 @@ from fettle.stages.artifact import (
     is_artifact,
     open_artifact,
     outline_edits,
+    require_model,
     save_artifact,
 )
 from fettle.stages.check import gate, preflight
 from fettle.stages.deltas import bring, tuned_identity
 from fettle.stages.edits import AnyEdit
 from fettle.stages.heads import HEAD, headed_for, load_for, objective_for, with_head
-from fettle.stages.reference import Kept, identity_of, refer, reference_identity
+from fettle.stages.reference import WORDS, Kept, identity_of, refer, reference_identity
 from fettle.stages.report import write_report
 from fettle.stages.sense import senseless
 from fettle.stages.teacher import Said, taught, teacher_identity
@@ -117,7 +119,9 @@ class Recipe(Stage):
         return target
 
     def require_files(self, before: Sequence[Stage] = ()) -> None:
-        """FettleError, by its key, where data or what is evaluated on is not there, or held-out rows are trained on."""
+        """FettleError, by its key, where data, other models or what is evaluated on are not there, or held-out rows are trained on."""
+        for key, ref in self.other_models():
+            require_model(key, ref, before)
         held = self.validation.data if self.validation else ()
         require_sources("data", self.data)
         require_sources("validation.data", held)
@@ -128,6 +132,14 @@ class Recipe(Stage):
                     f"validation.data.{i}.path: '{same}' is also trained on, so its loss is not a held-out one; put rows "
                     "aside in a file of their own"
                 )
+
+    def other_models(self) -> Iterator[tuple[str, str]]:
+        """The keys that name models besides its own, and what they name."""
+        if (reference := getattr(self.objective, "reference", "auto")) not in WORDS:
+            yield "objective.reference", reference
+        if (teacher := getattr(self.objective, "teacher", None)) is not None and teacher.path is not None:
+            yield "objective.teacher.path", teacher.path
+        yield from ((f"edits.{i}.tuned", edit.tuned) for i, edit in enumerate(self.edits) if isinstance(edit, BitDelta))
 
     def _is_done(self, target: Path, parent: Path | None, world: World, resume: bool) -> bool:
         """Whether a resumed run has its artifact, with all that belongs to it. FettleError where the output holds another run."""

@@ -198,6 +198,32 @@ def test_an_objective_of_rollouts_is_no_tuning(folder: Path, tiny_llama: Path) -
 
 
 @pytest.mark.parametrize(
+    ("place", "changes", "said"),
+    [
+        (2, {"reward": {"kind": "model", "path": "rewrad"}}, "reward: rewrad holds no artifact, and no stage before"),
+        (2, {"parent": "sfd"}, "parent: sfd holds no artifact, and no stage before"),
+        (2, {"mix": {"data": [{"path": "none.jsonl"}]}}, r"mix\.data\.0\.path: none\.jsonl: no such file"),
+        (1, {"objective": {"kind": "dpo", "reference": "nowhere"}}, r"objective\.reference: 'nowhere' is neither"),
+        (
+            1,
+            {"objective": {"kind": "distill", "teacher": "nowhere"}},
+            r"objective\.teacher\.path: 'nowhere' is neither",
+        ),
+        (1, {"edits": [{"kind": "bitdelta", "tuned": "nowhere"}]}, r"edits\.0\.tuned: 'nowhere' is neither"),
+    ],
+)
+def test_what_a_later_stage_cannot_have_is_said_before_the_first_one_runs(
+    place: int, changes: dict[str, Any], said: str, folder: Path, tiny_llama: Path
+) -> None:
+    recipe = three(folder, tiny_llama)
+    recipe["stages"][place] |= changes
+    pipeline = read(folder, recipe)
+    with pytest.raises(FettleError, match=said):
+        run(pipeline)
+    assert not (folder / "sft").exists()
+
+
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"reward": {"kind": "model", "path": "nowhere"}}, "nowhere holds no artifact"),
