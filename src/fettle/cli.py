@@ -130,6 +130,9 @@ def evaluate(
     shots: Annotated[int, typer.Option(min=0, help="demonstrations before each question")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="seed of demonstrations, limits and intervals")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="at most this many rows a file")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="preferences: prompts that are texts go through the chat template")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="folder for results.json and results.png")
     ] = None,
@@ -144,7 +147,7 @@ def evaluate(
     from fettle.evaluate.results import difference_table, require_shared
     from fettle.stages import open_model
 
-    found = find(tasks, seed=seed, shots=shots, limit=limit)
+    found = find(tasks, seed=seed, shots=shots, limit=limit, chat=chat)
     earlier = Results.read(against) if against is not None else None
     if earlier is not None:
         require_shared(earlier, found)

@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from fettle.core.files import new_folder, sha256, write_bytes
 from fettle.core.locks import locked
 from fettle.data import hub
 from fettle.data.folders import files, kind_of_file
-from fettle.data.formats import Sample, conversed, detect, to_sample, unused_note
+from fettle.data.formats import Sample, detect, in_turns, to_sample, unused_note
 from fettle.data.forms import LABELLED
 from fettle.data.parse import BadRow, strings
 from fettle.data.read import Row, head_of, split_of
@@ -220,11 +219,7 @@ class _Build:
         """A prompt and its completion as a conversation, where the recipe wants that."""
         wanted = default if self.spec.chat is None else self.spec.chat
         labels = self.encoder.form is not None and self.encoder.form.labels
-        if sample.answers:
-            return replace(sample, answers=tuple(self._dressed(answer, default) for answer in sample.answers))
-        if sample.kind != "completion" or not wanted or labels:
-            return sample
-        return conversed(sample)
+        return in_turns(sample) if wanted and not labels else sample
 
     def _set_aside(self, row: Row, reason: str) -> None:
         self.bad += 1

@@ -188,6 +188,13 @@ def conversed(sample: Sample) -> Sample:
     return replace(made, weight=sample.weight, weights=tuple(w * sample.weight for w in made.weights))
 
 
+def in_turns(sample: Sample) -> Sample:
+    """A sample with a conversation in place of a prompt that is a text, of each of its answers where it has several."""
+    if sample.answers:
+        return replace(sample, answers=tuple(map(in_turns, sample.answers)))
+    return conversed(sample) if sample.kind == "completion" else sample
+
+
 def unused_note(path: str, rows: int) -> str:
     """The note on rows whose `system` or `tools` nothing reads."""
     return (

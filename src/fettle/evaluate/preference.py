@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from fettle.core import FettleError
 from fettle.core.batch import Example, in_rows, pack
 from fettle.core.files import sha256
-from fettle.data.formats import Sample
+from fettle.data.formats import Sample, in_turns
 from fettle.data.forms import form_of
 from fettle.data.preference import Preference, compared
 from fettle.data.read import read
@@ -46,6 +47,10 @@ class Preferences(Evaluation):
     """Preferences: rows with chosen and rejected answers, or rankings; accuracy, calibration and length bias."""
 
     kind: Literal["preference"] = "preference"
+    chat: bool = Field(
+        False,
+        description="whether prompts that are texts are rendered by the chat template, as `chat` of training data says",
+    )
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def preferences_of(forest: Forest, spec: Preferences) -> tuple[list[Asked], Pref
     def encode(samples: Sequence[Sample]) -> list[Encoded | str]:
         return [_fitting(found, form.bound) for found in form.encode(Encoder(forest.tokenizer), samples)]
 
-    return read_samples(spec, "preference", encode), form
+    return read_samples(spec, "preference", encode, *([in_turns] if spec.chat else [])), form
 
 
 def _fitting(found: list[Encoded] | str, bound: int | None) -> Encoded | str:

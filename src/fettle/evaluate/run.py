@@ -222,7 +222,9 @@ def _chosen(forest: Forest, posed: Posed, advance: Callable[..., None]) -> dict[
     return rows
 
 
-def find(paths: Sequence[str], *, seed: int = 0, shots: int = 0, limit: int | None = None) -> list[Evaluation]:
+def find(
+    paths: Sequence[str], *, seed: int = 0, shots: int = 0, limit: int | None = None, chat: bool = False
+) -> list[Evaluation]:
     """What `fettle eval` runs: task files (*.jsonl), labelled texts or words and preferences (*.jsonl, by their columns) and
     texts for perplexity (*.txt), given singly or as folders of them."""
     found: list[Evaluation] = []
@@ -237,7 +239,7 @@ def find(paths: Sequence[str], *, seed: int = 0, shots: int = 0, limit: int | No
             if file.suffix == ".txt":
                 found.append(Perplexity(path=str(file), seed=seed))
             elif holds_preferences(file):
-                found.append(Preferences(path=str(file), seed=seed, limit=limit))
+                found.append(Preferences(path=str(file), seed=seed, limit=limit, chat=chat))
             elif kind := columns_of(file):
                 found.append(kind(path=str(file), seed=seed, limit=limit))
             else:

@@ -23,9 +23,12 @@ class Asked:
 
 
 def read_samples(
-    spec: Evaluation, format: str, encode: Callable[[Sequence[Sample]], Sequence[Encoded | str]]
+    spec: Evaluation,
+    format: str,
+    encode: Callable[[Sequence[Sample]], Sequence[Encoded | str]],
+    dressed: Callable[[Sample], Sample] = lambda sample: sample,
 ) -> list[Asked]:
-    """The rows that an evaluation takes; `encode` gives a sample's tokens, or why it has none.
+    """The rows that an evaluation takes; `encode` gives the tokens of a sample as it is `dressed`, or why it has none.
 
     FettleError names the rows that cannot be used.
     """
@@ -35,7 +38,7 @@ def read_samples(
         try:
             if row.value is None:
                 raise BadRow(row.problem or "cannot be read")
-            samples.append((row.where, to_sample(row.value, format)))
+            samples.append((row.where, dressed(to_sample(row.value, format))))
         except BadRow as problem:
             problems.append(f"{row.where}: {problem}")
     samples = sampled(samples, spec.limit, spec.seed)

@@ -98,3 +98,23 @@ def test_a_model_of_several_labels_has_no_reward(tiny_llama: Path, file: Path) -
     spec = ModelSpec(path=str(tiny_llama), task="classify", labels=("no", "yes"), dtype="float32", device="cpu")
     with pytest.raises(FettleError, match="a head of one output"):
         evaluate(load(spec), [Preferences(path=str(file))], progress=False)
+
+
+def test_prompts_that_are_texts_are_read_as_in_training(forest: Forest, tmp_path: Path) -> None:
+    """With chat they are the conversations that they stand for, system turn and all."""
+    texts = [{"system": "Be brief.", "prompt": "Count.", "chosen": "one", "rejected": "bread"}]
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Count."}]
+    talks = [
+        {
+            "messages": turns,
+            "chosen": {"role": "assistant", "content": "one"},
+            "rejected": {"role": "assistant", "content": "bread"},
+        }
+    ]
+    said = {}
+    for name, rows in {"texts": texts, "talks": talks}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for chat in (False, True):
+            (spec,) = find([str(tmp_path / f"{name}.jsonl")], chat=chat)
+            said[name, chat] = evaluate(forest, [spec]).results[0].rows[0].output
+    assert said["texts", True] == said["talks", True] == said["talks", False] != said["texts", False]
