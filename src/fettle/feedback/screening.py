@@ -17,7 +17,7 @@ from statistics import median
 
 from fettle.core.errors import FettleError
 from fettle.core.spec import nearest
-from fettle.evaluate.interval import SCORES, Score, constant_interval, ratio_interval
+from fettle.evaluate.interval import SCORES, Score, grouped_interval
 from fettle.feedback.agreement import Alpha, Level, krippendorff
 from fettle.feedback.expand import RULES
 from fettle.feedback.records import VERDICTS, Question, Ranking, Record, Value, Verdict
@@ -71,14 +71,10 @@ def share(hits: Sequence[tuple[str, float]]) -> Score | None:
     """The mean of hits (1) and misses (0) with its interval over prompts; (prompt, hit) each. None where there are none."""
     if not hits:
         return None
-    sums: dict[str, float] = defaultdict(float)
-    counts: dict[str, int] = defaultdict(int)
+    groups: dict[str, list[float]] = defaultdict(list)
     for prompt, value in hits:
-        sums[prompt] += value
-        counts[prompt] += 1
-    if len({value for _, value in hits}) == 1:
-        return constant_interval(hits[0][1], len(counts), SCORES)
-    return ratio_interval([sums[p] for p in counts], [counts[p] for p in counts])
+        groups[prompt].append(value)
+    return grouped_interval(list(groups.values()), bounds=SCORES)
 
 
 def agreement(ours: dict[Thing, Value], theirs: Sequence[dict[Thing, Value]]) -> tuple[Score | None, int]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from fettle.core.errors import FettleError
 from fettle.core.files import write_json
 from fettle.feedback.report import report
-from fettle.feedback.screening import alphas, judgements, screen
+from fettle.feedback.screening import alphas, judgements, screen, share
 from unit.feedback.makers import question, ranking, records, verdict
 
 PROMPTS = [f"p{i}" for i in range(40)]
@@ -135,3 +135,9 @@ def test_a_report_of_answers_without_models_says_so() -> None:
     bare = ranking([1, 2]) | {"answers": [{"text": "x"}, {"text": "y"}]}
     found = report(records(bare))
     assert found.ratings is None and any("do not name their models" in note for note in found.notes)
+
+
+def test_prompts_that_are_all_half_right_leave_room_for_others() -> None:
+    """Mixed hits, alike in every prompt: no resample varies, and yet there is an interval."""
+    found = share([(prompt, hit) for prompt in "abcd" for hit in (0.0, 1.0)])
+    assert found is not None and found.mean == 0.5 and found.n == 4 and found.low < 0.4 and found.high > 0.6
