@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
-from fettle.models.surgery import made_by
+from fettle.models.surgery import added, made_by
 from fettle.models.weight import innermost, is_adapter, place
 from fettle.models.words import tokenizer_of
 
@@ -103,14 +103,22 @@ class NewTokens(Edit):
     def apply(self, model: nn.Module) -> None:
         """Grow the tokenizer that the model was loaded with, if any, and the model's embedding and head.
 
-        FettleError where a token is known already, or the model cannot be grown.
+        FettleError where a token is known already, the model cannot be grown, or another edit would go with an old table.
         """
+        names = added(model)
+        others = {id(p): name for name, p in model.named_parameters() if name in names}
         tokenizer = tokenizer_of(model)
         if tokenizer is None:
             self._grow(model, rows_of(model.get_input_embeddings()), [])  # type: ignore[operator]
         else:
             pieces = [tokenizer.encode(token, add_special_tokens=False) for token in self.tokens]
             self._grow(model, self._added(tokenizer), pieces)
+        for lost in others.keys() - {id(p) for p in model.parameters()}:
+            place = others[lost].rpartition(".")[0]
+            raise FettleError(
+                f"new_tokens: {type(model).__name__} has one table for all its embeddings, so the edit at {place} is lost under a larger "
+                "one; leave it out of that edit's targets"
+            )
 
     def _added(self, tokenizer: Any) -> int:
         """The id of the first of the tokens, added to the tokenizer."""

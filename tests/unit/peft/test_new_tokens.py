@@ -136,3 +136,14 @@ def test_rows_that_a_model_has_to_spare_are_used(tiny_llama: Path, tmp_path: Pat
 def test_a_known_token_is_refused(tiny_llama: Path) -> None:
     with pytest.raises(FettleError, match="is in the tokenizer already"):
         apply_edits(opened(tiny_llama), [NewTokens(tokens=("<|im_end|>",))])
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_edit_that_a_larger_table_would_take_away_is_named(kind: str, tmp_path: Path) -> None:
+    """Encoder-decoders put one module in the place of all embeddings."""
+    folder = make(kind, tmp_path / kind, "AutoModelForSeq2SeqLM")
+    with pytest.raises(
+        FettleError, match=r"edits\.1: new_tokens: .* the edit at .*coder.embed_tokens is lost under a larger"
+    ):
+        apply_edits(opened(folder), [LoRA(rank=2, targets="embed_tokens"), EDIT])
+    assert apply_edits(opened(folder), [LoRA(rank=2), EDIT])
