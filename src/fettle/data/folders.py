@@ -13,7 +13,14 @@ KINDS = {
     ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv",
     ".txt": "text", ".text": "text", ".md": "text",
 }  # fmt: skip
-ABOUT = ("readme", "license", "licence")  # how the names of texts begin that lie beside data and are none
+ABOUT = (
+    "readme",
+    "license",
+    "licence",
+    "changelog",
+    "contributing",
+    "dataset_card",
+)  # how names of texts about data begin
 SHOWN = 10  # files named that are not read
 
 
@@ -28,9 +35,8 @@ def files(path: str) -> list[Path]:
     if root.is_dir():
         found = [file for file, why in _held(root).items() if not why]
         if not found:
-            raise FettleError(
-                f"{path}: the folder holds no data file; known endings: {', '.join(KINDS)}, also with .gz or .zst"
-            )
+            known = f"{path}: the folder holds no data file; known endings: {', '.join(KINDS)}, also with .gz or .zst"
+            raise FettleError("\n".join([known, *left_out(path)]))
         return found
     found = [p for p in map(Path, sorted(glob.glob(str(root), recursive=True))) if p.is_file()]
     if not found:
@@ -70,7 +76,7 @@ def _held(root: Path) -> dict[Path, str]:
     """Every file of a folder, sorted, with the reason why it is not read; '' where it is."""
     every = _within(root)
     tables = any(kind_of_file(file) not in ("", "text") for file in every)
-    return {file: _why_not(file, tables) for file in every}
+    return {file: every[file] or _why_not(file, tables) for file in sorted(every)}
 
 
 def _why_not(file: Path, tables: bool) -> str:
@@ -80,24 +86,29 @@ def _why_not(file: Path, tables: bool) -> str:
         return "since the ending is not known"
     if not file.is_file():
         return "since it is no file, or a link to nowhere"
-    about = kind == "text" and (_ending(file) == ".md" or file.name.lower().startswith(ABOUT))
+    about = kind == "text" and file.name.lower().startswith(ABOUT)
     return "as a text about the data beside it" if tables and about else ""
 
 
-def _within(root: Path) -> list[Path]:
-    """All but folders in a folder and in those below it, sorted. What is hidden is left out."""
-    found: list[Path] = []
+def _within(root: Path) -> dict[Path, str]:
+    """All files in a folder and in those below it, and the folders that are not entered, with the reason. Nothing hidden."""
+    found: dict[Path, str] = {}
     entered: set[str] = set()
-    tops = [str(root)]
+    tops, above = [str(root)], {str(folder) for folder in root.resolve().parents}
+
+    def closed(error: OSError) -> None:
+        found[Path(error.filename)] = f"since the folder cannot be opened ({error.strerror})"
+
     for top in tops:  # links come behind, so that a folder goes by its own name, and a link back into it is no loop
-        for folder, inner, names in os.walk(top, onerror=_refuse):
-            real = os.path.realpath(folder)
-            inner[:] = [name for name in inner if not name.startswith(".") and real not in entered]
-            tops += [link for name in inner if os.path.islink(link := os.path.join(folder, name))]
-            found += [Path(folder, name) for name in names if not name.startswith(".") and real not in entered]
-            entered.add(real)
-    return sorted(found)
-
-
-def _refuse(error: OSError) -> None:
-    raise FettleError(f"{error.filename}: the folder cannot be read ({error.strerror})")
+        for folder, inner, names in os.walk(top, onerror=closed):
+            if (real := os.path.realpath(folder)) in above:
+                found[Path(folder)] = "since the link leads to a folder around this one"
+                inner.clear()
+            elif real in entered:
+                inner.clear()
+            else:
+                entered.add(real)
+                inner[:] = [name for name in inner if not name.startswith(".")]
+                tops += [link for name in inner if os.path.islink(link := os.path.join(folder, name))]
+                found |= {Path(folder, name): "" for name in names if not name.startswith(".")}
+    return found

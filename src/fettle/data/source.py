@@ -267,10 +267,10 @@ def _source(spec: DataSpec, encoder: Encoder, limit: Limit, cache: Path) -> Sour
         ]
         write_bytes(over, b"".join(orjson.dumps(x, option=orjson.OPT_APPEND_NEWLINE) for x in lines))
     if not len(units):
-        raise FettleError(
-            f"{spec.path}: all of its {len(store)} examples are longer than {limit}, so nothing is left to learn; "
-            f"{limit.advice}say long: truncate"
-        )
+        what, way = f"are longer than {limit}, so nothing is left to learn", "say long: truncate"
+        if spec.long == "truncate":
+            what, way = f"learn nothing in their first {limit}", "shorten their prompts"
+        raise FettleError(f"{spec.path}: all of its {len(store)} examples {what}; {limit.advice}{way}")
     return Source(spec, store, units, limit, over)
 
 

@@ -24,8 +24,9 @@ class Limit:
 
     @property
     def window(self) -> int:
-        """Tokens of windows that fill a row: as many as the limit has, or some less where rows are no multiple of it."""
-        return self.row // -(-self.row // self.tokens)
+        """Tokens of a window: as many as may be, or so many less that one more fits, where over a tenth of a row would be empty."""
+        fits = self.row // self.tokens
+        return self.tokens if fits * self.tokens >= 0.9 * self.row else self.row // (fits + 1)
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens" + (", all that the model sees" if self.tokens < self.row else "")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import random
 import sys
 import tracemalloc
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -355,7 +358,7 @@ def test_linked_folders_are_read_and_each_folder_once(tmp_path: Path) -> None:
     assert left_out(str(root)) == []
 
 
-ABOUT = ["LICENSE.txt", "README.md", "in/card.MD", "in/readme.txt.gz"]
+ABOUT = ["LICENSE.txt", "README.md", "in/Dataset_card.MD", "in/readme.txt.gz"]
 
 
 @pytest.mark.parametrize("data", ["a.jsonl", "a.json.gz", "in/a.csv", "a.tsv", "a.parquet"])
@@ -367,6 +370,31 @@ def test_texts_about_the_data_are_left_out_with_a_note(tmp_path: Path, data: str
     assert len(inside(texts)) == 5 and left_out(str(texts)) == []
     assert inside(tree(tmp_path / "named", data, "readme.jsonl", "b.md.txt"))[-1] == "readme.jsonl"
     assert left_out(str(root / "README.md")) == [] and files(str(root / "README.md"))
+
+
+def test_texts_beside_one_table_are_data(tmp_path: Path) -> None:
+    root = tree(tmp_path / "root", *(f"page{i}.md" for i in range(5)), "package.json")
+    assert len(inside(root)) == 6 and left_out(str(root)) == []
+
+
+def test_folders_that_are_not_entered_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is closed, and a link to a folder around the data, beside which held-out rows may lie."""
+    root = tree(tmp_path / "data" / "train", "a.jsonl", "shut/b.jsonl").parent / "train"
+    tree(tmp_path / "data", "held.jsonl")
+    (root / "up").symlink_to(tmp_path / "data", target_is_directory=True)
+    scan = os.scandir
+
+    def refused(path: Any) -> Any:
+        if Path(path).name == "shut":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert inside(root) == ["a.jsonl"]
+    assert left_out(str(root)) == [
+        f"{root}: not read, since the folder cannot be opened (Permission denied): shut",
+        f"{root}: not read, since the link leads to a folder around this one: up",
+    ]
 
 
 def test_what_a_folder_holds_and_is_not_read_is_told(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from fettle.core import FettleError
 from fettle.core.batch import IGNORE
 from fettle.data import DataSpec, build, prepare, read, source
+from fettle.data.units import Limit
 
 WORDS = "the baker sells bread in the morning and cakes in the afternoon".split()
 
@@ -136,13 +137,25 @@ def test_long_conversations_by_policy(tmp_path: Path, tokenizer) -> None:
         prepare([DataSpec(path=path)], tokenizer, 8)
 
 
+@pytest.mark.parametrize(
+    ("row", "context", "window"),
+    [
+        (1024, None, 1024), (1024, 4096, 1024), (1024, 1024, 1024), (2048, 1024, 1024), (1024, 1004, 1004), (1025, 1024, 1024),
+        (4096, 4092, 4092), (2048, 412, 409), (1536, 1024, 768), (2048, 5, 5),
+    ],
+)  # fmt: skip
+def test_windows_are_long_and_fill_a_row(row: int, context: int | None, window: int) -> None:
+    limit = Limit(row, context)
+    assert limit.window == window <= limit.tokens and row // window * window >= 0.9 * row
+
+
 def test_no_example_is_longer_than_what_the_model_sees(tmp_path: Path, tokenizer) -> None:
     """A row may be longer than the model's context, an example in it may not: texts go on in the next window."""
     talk = jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "output": "bread " * n} for n in (1, 2, 60)])
     text = jsonl(tmp_path / "b.jsonl", [{"text": "bread " * 90}, {"text": text_of(1)}])
     specs = [DataSpec(path=talk), DataSpec(path=text, format="text")]
     corpus, wide = (prepare(specs, tokenizer, 256, cache=tmp_path / "c", context=bound) for bound in (48, None))
-    assert {int(corpus.batch(i).positions.max()) + 1 for i in range(4)} == {256 // 6}  # windows fill a row
+    assert {int(corpus.batch(i).positions.max()) + 1 for i in range(4)} == {48}
     assert corpus.counts[1].learned == wide.counts[1].learned and corpus.counts[1].examples > wide.counts[1].examples
     assert corpus.counts[0].too_long == 1 and wide.counts[0].too_long == 0
     assert any("1 rows are longer than 48 tokens, all that the model sees and were left" in n for n in corpus.notes)
