@@ -118,6 +118,10 @@ class Stage(Spec):
     output: Path = Field(description="the folder that receives the artifact")
     shared: ClassVar[bool] = False  # whether the processes of a run share its work; else the first one does it
 
+    def other_models(self) -> Iterable[tuple[str, str]]:
+        """The keys that name models besides its own without which it cannot be looked at, and what they name."""
+        return ()
+
     def require_files(self, before: Sequence[Stage] = ()) -> None:
         """FettleError, by its key, where a file that the recipe names is not there, nor left by a stage of those `before` this one.
 

@@ -84,10 +84,11 @@ def finish(model: Any, forest: Forest, dtype: torch.dtype | None = None) -> None
     """
     held = {f"{n}.{k}" for n, layer in quantized(model).items() for k, _ in layer.named_buffers() if k != "like"}
     kinds = {_plain(n): t.dtype for n, t in chain(forest.model.named_parameters(), forest.model.named_buffers())}
+    own = forest.dtype
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        was = kinds.get(name, forest.dtype)
+        was = kinds.get(name, own)
         if tensor.is_floating_point() and name not in held:
-            tensor.data = tensor.data.to(dtype if dtype is not None and was == forest.dtype else was)
+            tensor.data = tensor.data.to(dtype if dtype is not None and was == own else was)
     model.config.dtype = model.dtype
     ends = sorted(end_tokens(forest))
     if getattr(model, "generation_config", None) is not None and ends:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fettle.core.batch import IGNORE, Batch, with_prefix
 from fettle.core.errors import FettleError
+from fettle.core.families import Edit
 from fettle.models import attention, prompt, roles, words
 from fettle.models.encdec import halves, hidden_of_pairs, output_scale, start_token
 from fettle.models.head import Head
@@ -18,7 +19,6 @@ from fettle.models.paths import hidden_by_paths
 from fettle.models.plan import Plan
 from fettle.models.scores import first_position, pooled, text_scores, word_scores
 from fettle.models.spec import ModelSpec
-from fettle.models.surgery import added
 from fettle.models.tasks import Task, is_encoder, task_of
 
 
@@ -75,9 +75,9 @@ class Forest:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the model's own weights, whatever type those of its edits have."""
-        extra = added(self.model)
-        own = (t.dtype for name, t in self.model.named_parameters() if name not in extra and t.is_floating_point())
-        return next(own, self.model.dtype)
+        plain = (m for m in self.model.modules() if not isinstance(getattr(m, "edit", None), Edit))
+        held = (p.dtype for m in plain for p in m.parameters(recurse=False) if p.is_floating_point())
+        return next(held, self.model.dtype)
 
     @property
     def task(self) -> Task:

@@ -34,7 +34,15 @@ from fettle.models.tasks import auto_class, headed, own_problems, resolved
 
 INDEX = "model.safetensors.index.json"
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-WORDS = ["*token*.json", "*token*.model", "chat_template*", "vocab*", "merges.txt", "spiece.model", "*.tiktoken"]
+BESIDE = [
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "merges.txt",
+    "vocab.txt",
+]  # what reads words, and how it writes
 _WHAT = {"config.json": "model", "tokenizer_config.json": "tokenizer"}
 LONGEST = 400  # characters of a library's message
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -89,8 +97,9 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cpu":
         return device
     number, there = device.index, torch.cuda.device_count()
-    if number is None:
-        number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number is None:  # a launcher may show each process its own alone
+        shown = there == 1 and os.environ.get("CUDA_VISIBLE_DEVICES")
+        number = 0 if shown else int(os.environ.get("LOCAL_RANK", "0"))
     if number >= there:
         raise FettleError(
             f"model.device: '{name}' means GPU number {number}, and there are {there} here; use auto or cpu, or as many processes as "
@@ -191,9 +200,9 @@ def base_hash(folder: Path) -> str:
 
 
 def identity_of_base(spec: ModelSpec) -> list[str | None]:
-    """Hashes of what a spec names: the weights with their configuration (None for random ones), and the tokenizer's files."""
+    """Hashes of what a spec names: the weights with their configuration (None for random ones), and all beside the tokenizer."""
     folder, digest = _folder_of_tokenizer(spec), hashlib.sha256()
-    for file in sorted(file for name in WORDS for file in folder.glob(name)):
+    for file in sorted({file for name in BESIDE for file in folder.glob(name) if file.is_file()}):
         digest.update(f"{file.name} {sha256(file)}\n".encode())
     weights = base_hash(folder_of(spec.path, spec.revision)) if spec.config is None else None
     return [weights, digest.hexdigest()]

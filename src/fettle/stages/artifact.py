@@ -8,10 +8,10 @@ tokenizer.json ...  the tokenizer, with its chat template
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from fettle.quantize.linear import require_no_residual
 from fettle.stages.edits import AnyEdit, naming
 
 TENSORS = "edits.safetensors"
+S = TypeVar("S", bound=Stage)
 
 
 class Adaptation(Spec):
@@ -201,7 +202,7 @@ def open_model(ref: str, **changes: Any) -> tuple[Forest, tuple[Edit, ...]]:
 
 def require_model(key: str, ref: str, before: Sequence[Stage]) -> None:
     """FettleError, by its key, where there is nothing for `open_model` to open, nor will be after the stages `before`."""
-    if is_planned(ref, before) or find_artifact(ref) is not None:
+    if planned(ref, before) is not None or find_artifact(ref) is not None:
         return
     try:
         _require_ended(ref)
@@ -212,13 +213,20 @@ def require_model(key: str, ref: str, before: Sequence[Stage]) -> None:
 
 def require_artifact(key: str, ref: str, before: Sequence[Stage]) -> None:
     """FettleError, by its key, where there is no artifact, nor will be after the stages `before`."""
-    if not is_planned(ref, before) and find_artifact(ref) is None:
+    if planned(ref, before) is None and find_artifact(ref) is None:
         raise FettleError(f"{key}: {ref} holds no artifact, and no stage before this one has that output")
 
 
-def is_planned(ref: str, before: Sequence[Stage]) -> bool:
-    """Whether one of the stages `before` leaves the artifact that is called so."""
-    return any(Path(ref) in (stage.output, stage.output / "artifact") for stage in before)
+def planned(ref: str, before: Sequence[S]) -> S | None:
+    """The stage of those `before` that leaves the artifact called so, by its output or by the artifact in it, however it is spelt."""
+    wanted = Path(ref).expanduser().resolve()
+    outputs = {stage.output.expanduser().resolve(): stage for stage in before}
+    return outputs.get(wanted) or (outputs.get(wanted.parent) if wanted.name == "artifact" else None)
+
+
+def awaited(refs: Iterable[str], before: Sequence[Stage]) -> list[str]:
+    """Of some names of models those that a stage of those `before` will leave, and has not left yet."""
+    return [ref for ref in dict.fromkeys(refs) if planned(ref, before) is not None and find_artifact(ref) is None]
 
 
 def _require_ended(ref: str) -> None:

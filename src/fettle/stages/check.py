@@ -26,6 +26,7 @@ from fettle.models.forest import Forest
 from fettle.models.memory import MemoryPlan, available, predict, resident, worst_batch
 from fettle.models.select import partly_matched
 from fettle.models.weight import count_weights
+from fettle.stages.artifact import awaited
 from fettle.stages.sense import senseless_on, too_short
 from fettle.train import Job, fit
 from fettle.train.parallel import World
@@ -202,6 +203,11 @@ def check(
             stage.require_files(before)
         except FettleError as error:
             failed.append(_where(pipeline, number, str(error)))
+            continue
+        if lacking := awaited((ref for _, ref in stage.other_models()), before):
+            console.print(
+                f"note: {', '.join(lacking)} is not there yet; check this stage again when it is", soft_wrap=True
+            )
             continue
         try:
             if isinstance(stage, Looks):

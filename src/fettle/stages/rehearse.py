@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fettle.data.prompts import Prompts
 from fettle.models.memory import predict
-from fettle.stages.artifact import find_artifact
+from fettle.stages.artifact import awaited, find_artifact
 from fettle.stages.check import STATE_BYTES, Report, survey
 from fettle.train import Job, fit
 from fettle.train.parallel import World
@@ -68,8 +68,7 @@ def _people(stage: Reinforce, before: Sequence[Any]) -> tuple[Cast, list[str]]:
     chain = stage.chain(before)
     parent = find_artifact(str(stage.parent or (chain[-1].output / ARTIFACT))) if stage.parent or chain else None
     lacking = [str(chain[-1].output)] if chain and parent is None else []
-    planned = {str(earlier.output) for earlier in before}
-    rewards = [ref for ref in stage.reward.models() if find_artifact(ref) is None and str(Path(ref)) in planned]
+    rewards = awaited(stage.reward.models(), before)
     lacking += rewards
     edits = [edit for earlier in chain for edit in earlier.edits] if parent is None else []
     return stage.cast(parent, edits, chain, without=rewards), lacking

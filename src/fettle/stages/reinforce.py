@@ -31,7 +31,7 @@ from fettle.models.forest import Forest
 from fettle.models.memory import reset_peak
 from fettle.objectives.grpo import GRPO
 from fettle.objectives.policy import PolicyGradient
-from fettle.stages.artifact import find_artifact, require_artifact
+from fettle.stages.artifact import find_artifact, planned, require_artifact
 from fettle.stages.cast import Cast, CriticSpec, Part, cast
 from fettle.stages.check import Report, gate
 from fettle.stages.rehearse import look, preflight
@@ -200,8 +200,8 @@ class Reinforce(Recipe):
         """The stages that this one's model comes from."""
         if self.parent is None:
             return before
-        names = [stage.output for stage in before]
-        return before[: names.index(self.parent) + 1] if self.parent in names else ()
+        last = planned(str(self.parent), before)
+        return before[: before.index(last) + 1] if last is not None else ()
 
     def look(self, before: Sequence[Recipe], examples: int, console: Console, time_steps: bool = True) -> Report:
         """What `fettle check` shows: the prompts, some of their answers with rewards, memory and time."""

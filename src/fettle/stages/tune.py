@@ -134,7 +134,7 @@ class Recipe(Stage):
                 )
 
     def other_models(self) -> Iterator[tuple[str, str]]:
-        """The keys that name models besides its own, and what they name."""
+        """The keys that name models besides its own without which it cannot be looked at, and what they name."""
         if (reference := getattr(self.objective, "reference", "auto")) not in WORDS:
             yield "objective.reference", reference
         if (teacher := getattr(self.objective, "teacher", None)) is not None and teacher.path is not None:

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit, Stage
-from fettle.core.files import MANIFEST, make_folder, new_file, read_json, sha256, write_bytes, write_json
+from fettle.core.files import make_folder, new_file, read_json, write_bytes, write_json
 from fettle.core.spec import Where, refuse
 from fettle.data import DataSpec, content_hash
 from fettle.data.prompts import Prompt, Prompts, read_prompts
@@ -44,9 +44,10 @@ from fettle.models.load import load
 from fettle.models.memory import MemoryPlan, available, resident, weight_bytes
 from fettle.models.spec import ModelSpec
 from fettle.models.weight import count_weights
-from fettle.stages.artifact import find_artifact, is_planned, open_model, require_model
+from fettle.stages.artifact import awaited, open_model, require_model
 from fettle.stages.check import Report
 from fettle.stages.labels import label
+from fettle.stages.reference import other_identity
 from fettle.stages.reinforce import APART
 from fettle.stages.report import table as markdown
 from fettle.stages.tune import ARTIFACT
@@ -151,10 +152,9 @@ class Versus(Stage):
 
     def _made_of(self, names: Sequence[str]) -> dict[str, Any]:
         """All that decides the figures: the stage, the models' manifests, what the data hold."""
-        found = {name: find_artifact(name) for name in (self.start, *names, *self.reward.models())}
         return {
             "stage": self.model_dump(mode="json", exclude={"output", "model"}),
-            "models": {name: folder and sha256(folder / MANIFEST) for name, folder in found.items()},
+            "models": {name: other_identity(name) for name in (self.start, *names, *self.reward.models())},
             "data": [[source.path, content_hash(source)] for source in self.data],
         }  # fmt: skip
 
@@ -233,7 +233,7 @@ class Versus(Stage):
         """What `fettle check` says of it: nothing trains; the prompts as each model reads them, and which are not there yet."""
         names = self.named(next((s.output for s in reversed(before) if not isinstance(s, Versus)), None))
         rewards = self.reward.models()
-        lacking = [n for n in (self.start, *names, *rewards) if is_planned(n, before) and find_artifact(n) is None]
+        lacking = awaited((self.start, *names, *rewards), before)
         forest = load(before[0].model) if self.start in lacking else opened(self.start)  # what it will be made of
         held, here = weight_bytes(forest.model), resident() if forest.device.type == "cpu" else 0
         plan = MemoryPlan(held, 0, 0, 0, 0, runtime=max(0, here - held))
@@ -246,7 +246,7 @@ class Versus(Stage):
                 require_same_tokens(policy, forest)
         for ref in (ref for ref in rewards if ref not in lacking):
             require_head(open_model(ref)[0], ref)
-        report.notes += [f"{name} is not there yet" for name in dict.fromkeys(lacking)]
+        report.notes += [f"{name} is not there yet" for name in lacking]
         return report
 
 

@@ -215,6 +215,11 @@ def test_each_process_has_a_gpu_of_its_own(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(FettleError, match=f"'{name}' means GPU number 2, and there are 2 here"):
         loading.pick_device(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(FettleError, match=f"'{name}' means GPU number 2, and there are 1 here"):
+        loading.pick_device(name)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")  # of several, its launcher shows it this one
+    assert loading.pick_device(name) == torch.device("cuda", 0)
 
 
 def test_the_allocator_takes_the_setting() -> None:

@@ -197,6 +197,30 @@ def test_an_objective_of_rollouts_is_no_tuning(folder: Path, tiny_llama: Path) -
         read(folder, data)
 
 
+@pytest.mark.parametrize("spelt", ["{}", "./{}", "{}/", "{}/artifact", "x/../{}", "ABSOLUTE/{}", "link/{}"])
+def test_an_output_may_be_spelt_in_any_way(
+    spelt: str, folder: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check, before any of it is there, begins from the parent's edits and says what it waits for; a run finds all."""
+    monkeypatch.chdir(folder)
+    (folder / "link").symlink_to(folder, target_is_directory=True)
+    (folder / "x").mkdir()
+    sft, reward = (spelt.replace("ABSOLUTE", str(folder)).format(name) for name in ("sft", "reward"))
+    recipe = three(folder, tiny_llama)
+    for stage, name in zip(recipe["stages"], ("sft", "reward", "rl"), strict=True):
+        stage["output"] = name
+    recipe["stages"][2] |= {"parent": sft, "reward": {"kind": "model", "path": reward}}
+    tuned = {**recipe["stages"][1], "objective": {"kind": "dpo", "reference": sft}, "output": "dpo"}
+    recipe["stages"].append(tuned)
+    seen = io.StringIO()
+    reports = check(read(folder, recipe), 0, Console(file=seen, width=400), time_steps=False)
+    assert [report.ok for report in reports] == [True] * 3
+    assert f"{reward} is not there yet" in " ".join(reports[2].notes)
+    assert f"note: {sft} is not there yet; check this stage again" in seen.getvalue()
+    run(read(folder, recipe))
+    assert (folder / "dpo" / "artifact").exists()
+
+
 @pytest.mark.parametrize(
     ("place", "changes", "said"),
     [
