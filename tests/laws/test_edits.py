@@ -447,11 +447,12 @@ def test_bad_targets_and_sizes_are_sentences() -> None:
             edit.apply(model)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "bert", "t5", "bart"])
 def test_adapters_around_a_grown_vocabulary_merge(kind: str) -> None:
     model = build(kind)
     names = {id(m): n for n, m in model.named_modules()}
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    stacks = (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model,)
+    ends = [*(stack.get_input_embeddings() for stack in stacks), model.get_output_embeddings()]
     targets = tuple(names[id(m)] for m in ends if m is not None)
     edits = [NewTokens(tokens=("one", "two")), LoRA(rank=2, targets=targets), NewTokens(tokens=("three",))]
     for edit in edits:

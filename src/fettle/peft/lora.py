@@ -322,10 +322,11 @@ class LoRA(Edit):
 
 def _check_runs(name: str, base: nn.Module, model: Any) -> None:
     """FettleError for the embedding of an encoder-decoder that only keeps a weight for those of its two stacks."""
-    if is_embedding(base) and model.config.is_encoder_decoder and model.get_input_embeddings() is base:
-        own, weight = set(base.modules()), base.weight
-        users = [n for n, m in model.named_modules() if m not in own and is_embedding(m) and m.weight is weight]
-        if users:
+    if is_embedding(base) and model.config.is_encoder_decoder:
+        used = {stack.get_input_embeddings() for stack in (model.get_encoder(), model.get_decoder())}
+        keeps = base is model.get_input_embeddings() or any(m.weight is base.weight for m in used)
+        if keeps and base not in used:
+            users = [n for n, m in model.named_modules() if m in used]
             raise FettleError(
                 f"lora: {name} only keeps the weight that {' and '.join(users)} look tokens up in, and an update of it alone would "
                 "change nothing; name those in its place"

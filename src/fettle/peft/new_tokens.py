@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fettle.core.errors import FettleError
 from fettle.core.families import Edit
-from fettle.models.surgery import added, made_by
+from fettle.models.surgery import made_by, replace
 from fettle.models.weight import innermost, is_adapter, place
 from fettle.models.words import tokenizer_of
 
@@ -43,7 +43,8 @@ class GrownEmbedding(nn.Module):
             return self.base(ids)
         new = (ids >= self.first) & (ids < self.first + len(self.rows))
         old = self.base(ids.masked_fill(new, 0))
-        own = F.embedding(torch.where(new, ids - self.first, 0), self.rows) * getattr(self.base, "embed_scale", 1.0)
+        scale = getattr(innermost(self.base), "embed_scale", 1.0)
+        own = F.embedding(torch.where(new, ids - self.first, 0), self.rows) * scale
         return torch.where(new[..., None], own.to(old.dtype), old)
 
     @property
@@ -103,22 +104,14 @@ class NewTokens(Edit):
     def apply(self, model: nn.Module) -> None:
         """Grow the tokenizer that the model was loaded with, if any, and the model's embedding and head.
 
-        FettleError where a token is known already, the model cannot be grown, or another edit would go with an old table.
+        FettleError where a token is known already, or the model cannot be grown.
         """
-        names = added(model)
-        others = {id(p): name for name, p in model.named_parameters() if name in names}
         tokenizer = tokenizer_of(model)
         if tokenizer is None:
             self._grow(model, rows_of(model.get_input_embeddings()), [])  # type: ignore[operator]
         else:
             pieces = [tokenizer.encode(token, add_special_tokens=False) for token in self.tokens]
             self._grow(model, self._added(tokenizer), pieces)
-        for lost in others.keys() - {id(p) for p in model.parameters()}:
-            place = others[lost].rpartition(".")[0]
-            raise FettleError(
-                f"new_tokens: {type(model).__name__} has one table for all its embeddings, so the edit at {place} is lost under a larger "
-                "one; leave it out of that edit's targets"
-            )
 
     def _added(self, tokenizer: Any) -> int:
         """The id of the first of the tokens, added to the tokenizer."""
@@ -145,16 +138,29 @@ class NewTokens(Edit):
             raise FettleError(f"new_tokens: the tokenizer's ids go on from {first}, but the model has {have} rows")
         size = max(have, first + len(self.tokens))
         chosen = pieces if self.init == "pieces" else []
-        rows = nn.Parameter(self._start(embedding, chosen))
+        rows: dict[Tensor, nn.Parameter] = {}  # of each table, whichever places share it
         if head is not None:
-            tied = innermost(head).weight is table.weight
-            own = rows if tied else nn.Parameter(self._start(head, chosen))
             beside = getattr(model, "final_logits_bias", None)
-            model.set_output_embeddings(GrownHead(head, self, first, own, beside).train(head.training))
+            model.set_output_embeddings(
+                GrownHead(head, self, first, self._rows(head, chosen, rows), beside).train(head.training)
+            )
             if beside is not None:
                 model.final_logits_bias = beside.new_zeros(1, 1)  # as wide as any logits
-        model.set_input_embeddings(GrownEmbedding(embedding, self, first, rows).train(embedding.training))
+        before = dict(model.named_modules(remove_duplicate=False))
+        one = GrownEmbedding(embedding, self, first, self._rows(embedding, chosen, rows)).train(embedding.training)
+        model.set_input_embeddings(one)
+        # an encoder-decoder has it in three places now, where each had a module, and maybe edits, of its own
+        for name in [n for n, m in model.named_modules(remove_duplicate=False) if m is one]:
+            old = before[name]
+            replace(model, name, GrownEmbedding(old, self, first, self._rows(old, chosen, rows)))
         set_vocabulary(model, size)
+
+    def _rows(self, module: nn.Module, pieces: list[list[int]], known: dict[Tensor, nn.Parameter]) -> nn.Parameter:
+        """The new rows of the table that `module` looks up in or multiplies by, made where they are not `known`."""
+        table: Tensor = innermost(module).weight  # type: ignore[assignment]
+        if table not in known:
+            known[table] = nn.Parameter(self._start(module, pieces))
+        return known[table]
 
     @torch.no_grad()
     def _start(self, module: nn.Module, pieces: list[list[int]]) -> Tensor:
@@ -180,8 +186,10 @@ class NewTokens(Edit):
             for key in ("weight", "bias"):
                 _lengthen(model, getattr(table, key, None), stop)
             if (beside := getattr(outer, "beside", None)) is not None:
-                model.final_logits_bias = F.pad(beside, (0, len(table.weight) - beside.shape[1]))
-                model.final_logits_bias[:, outer.first : stop] = 0
+                there: tuple[Tensor, ...] = (beside, model.final_logits_bias)  # type: ignore[assignment]  # one is all zeros
+                own, left = (F.pad(b, (0, len(table.weight) - b.shape[1])) for b in there)
+                model.final_logits_bias = own + left
+                model.final_logits_bias[:, outer.first : stop] = 0  # type: ignore[operator]
             table.weight.data[outer.first : stop] = outer.rows.detach().to(table.weight.dtype)
             if getattr(table, "bias", None) is not None:
                 table.bias.data[outer.first : stop] = 0

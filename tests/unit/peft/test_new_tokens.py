@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from fettle.core.errors import FettleError
 from fettle.export import export
@@ -139,11 +139,48 @@ def test_a_known_token_is_refused(tiny_llama: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_an_edit_that_a_larger_table_would_take_away_is_named(kind: str, tmp_path: Path) -> None:
-    """Encoder-decoders put one module in the place of all embeddings."""
-    folder = make(kind, tmp_path / kind, "AutoModelForSeq2SeqLM")
-    with pytest.raises(
-        FettleError, match=r"edits\.1: new_tokens: .* the edit at .*coder.embed_tokens is lost under a larger"
-    ):
-        apply_edits(opened(folder), [LoRA(rank=2, targets="embed_tokens"), EDIT])
-    assert apply_edits(opened(folder), [LoRA(rank=2), EDIT])
+@pytest.mark.parametrize("after", [False, True])
+def test_each_embedding_of_an_encoder_decoder_keeps_edits_of_its_own(kind: str, after: bool, tmp_path: Path) -> None:
+    forest = opened(make(kind, tmp_path / kind, "AutoModelForSeq2SeqLM"))
+    lora = LoRA(rank=2, targets="embed_tokens")
+    apply_edits(forest, [EDIT, lora] if after else [lora, EDIT])
+    stacks = [forest.model.get_encoder(), forest.model.get_decoder()]
+    tables = [forest.model.get_input_embeddings(), *(stack.get_input_embeddings() for stack in stacks)]
+    grown = [m for m in forest.model.modules() if isinstance(m, GrownEmbedding)]
+    assert len(set(tables)) == len(grown) == 3 and len({m.rows for m in grown}) == 1
+    ids = torch.tensor([[5, 6, len(forest.tokenizer) - 1]])
+    forest.model(input_ids=ids, decoder_input_ids=ids).logits.square().sum().backward()
+    gradients = [p.grad for n, p in forest.model.named_parameters() if n in lora.tensors(forest.model)]
+    learning = [g for g in gradients if g is not None and g.any()]
+    assert len(gradients) == 4 and len(learning) == 2  # as B starts at random, the two A learn first
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "marian"])
+def test_an_embedding_that_only_keeps_the_weight_is_refused_when_grown(kind: str) -> None:
+    sizes = {"d_model": 16, "num_layers": 1, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 32}
+    ids = {"decoder_start_token_id": 0, "pad_token_id": 1}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **ids, **sizes))
+    EDIT.apply(model)
+    with pytest.raises(FettleError, match=r"that \S*encoder\.embed_tokens and \S*decoder\.embed_tokens look tokens up"):
+        LoRA(rank=2, targets="shared").apply(model)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("target", ["lm_head", "encoder.embed_tokens"])
+def test_an_encoder_decoder_that_grew_twice_is_exported(kind: str, target: str, tmp_path: Path) -> None:
+    """With a LoRA on what shares its weight, which the merge parts, and BART's bias of the logits and scaled embeddings."""
+    forest = opened(make(kind, tmp_path / kind, "AutoModelForSeq2SeqLM", scale_embedding=True))
+    generator = torch.Generator().manual_seed(2)
+    if (beside := getattr(forest.model, "final_logits_bias", None)) is not None:
+        beside.normal_(generator=generator)
+    edits = [EDIT, LoRA(rank=2, targets=target), NewTokens(tokens=("okapi",))]
+    apply_edits(forest, edits)
+    with torch.no_grad():
+        for parameter in forest.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+    export(forest, edits, tmp_path / "out", "hf")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[5, 6, *range(len(forest.tokenizer) - 3, len(forest.tokenizer))]])
+    found, tuned = (m(input_ids=ids, decoder_input_ids=ids).logits for m in (model, forest.model))
+    assert torch.allclose(found, tuned, atol=1e-4, rtol=1e-5)
