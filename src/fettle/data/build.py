@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -19,7 +20,7 @@ from fettle.core.files import new_folder, sha256, write_bytes
 from fettle.core.locks import locked
 from fettle.data import hub
 from fettle.data.folders import files, kind_of_file
-from fettle.data.formats import Sample, detect, in_turns, to_sample, unused_note
+from fettle.data.formats import Sample, detect, in_turns, to_sample, unused_notes
 from fettle.data.forms import LABELLED
 from fettle.data.parse import BadRow, strings
 from fettle.data.read import Row, head_of, split_of
@@ -29,7 +30,7 @@ from fettle.data.spec import DataSpec
 from fettle.data.store import ASIDE, Store, Writer, cached, open_store
 from fettle.data.template import Encoder
 
-VERSION = 6  # raised whenever the same data would be encoded otherwise
+VERSION = 7  # raised whenever the same data would be encoded otherwise
 LOOK = 32  # rows that tell a format
 CHUNK, CHUNK_CHARACTERS = 1024, 4 << 20
 SHOWN = 10  # bad rows named in full
@@ -111,7 +112,8 @@ class _Build:
     def __init__(self, spec: DataSpec, encoder: Encoder, writer: Writer) -> None:
         self.spec, self.encoder, self.writer = spec, encoder, writer
         self.format = ""
-        self.read = self.kept = self.bad = self.control = self.unfilled = self.unused = 0
+        self.read = self.kept = self.bad = self.control = self.unfilled = 0
+        self.unused: Counter[str] = Counter()
         self.reasons: list[str] = []
         self.notes: list[str] = []
         self.chats = self.tools = False
@@ -161,8 +163,8 @@ class _Build:
                 self.kept += 1
                 said = sample.answers or (sample,)
                 self.chats = self.chats or any(one.kind == "chat" for one in said)
-                self.tools = self.tools or any(one.kind == "chat" and one.tools for one in said)
-                self.unused += sample.unused
+                self.tools = self.tools or any(one.tools for one in said)
+                self.unused[sample.unused] += 1
                 self._look(row)
                 self.writer.add(row.where, found)
 
@@ -269,8 +271,7 @@ class _Build:
             self.notes.append(
                 f"{self.spec.path}: the chat template knows no functions; they and their calls are written as text"
             )
-        if self.unused:
-            self.notes.append(unused_note(self.spec.path, self.unused))
+        self.notes += unused_notes(self.spec.path, self.unused)
         if self.unfilled:
             self.notes.append(
                 f"{self.spec.path}: {self.unfilled} rows hold a place to fill in, such as {{{{name}}}}, which would be learned as it is"

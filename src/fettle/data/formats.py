@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import orjson
-
 from fettle.core.errors import FettleError
-from fettle.data.parse import BadRow, kind_of, measure, require_json
+from fettle.data.parse import BadRow, kind_of, require_json
+from fettle.data.tools import beside, meant, nothing, of_json, tools_of
 
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
@@ -31,7 +31,9 @@ class Sample:
     weights: tuple[float, ...] = ()  # a conversation's: one a message, 0 where it is not learned
     prompt: str = ""
     completion: str = ""
-    system: str = ""  # beside a prompt that is a text; that of a conversation is its first turn
+    beside: dict[str, Any] = field(
+        default_factory=dict
+    )  # `system`, `tools` and `functions` of its row that nothing reads
     text: str = ""
     weight: float = 1.0
     label: Any = None  # of a text, or of `text` with `pair`: a name, a number, or a list of them
@@ -52,10 +54,9 @@ class Sample:
         return "chat" if self.messages else "completion" if self.completion else "text"
 
     @property
-    def unused(self) -> bool:
-        """Whether a system turn or tools stand beside a text that is gone on from, which has no place for them."""
-        said = self.answers or (self,)
-        return any(one.kind == "completion" and bool(one.system or one.tools) for one in said)
+    def unused(self) -> str:
+        """The kind, or that of its answers, where a system turn or tools of its row are not read; else ''."""
+        return next((one.kind for one in self.answers or (self,) if one.beside), "")
 
 
 def detect(rows: Sequence[dict[str, Any]], where: str) -> str:
@@ -175,16 +176,16 @@ def _completion(row: dict[str, Any]) -> Sample:
 
 
 def completed(prompt: str, completion: str, row: dict[str, Any]) -> Sample:
-    """A text with what goes on from it, and the system turn and the tools of its row."""
-    return Sample(prompt=prompt, completion=completion, system=_system(row), tools=_tools(row))
+    """A text with what goes on from it; it has no place for the system turn and the tools of its row, which are kept beside it."""
+    return Sample(prompt=prompt, completion=completion, beside=beside(row))
 
 
 def conversed(sample: Sample) -> Sample:
     """A prompt and its completion as a conversation; BadRow where the prompt is empty."""
     if not sample.prompt.strip():
         raise BadRow("the prompt is empty, and a conversation begins with the user")
-    turns = [("system", sample.system), ("user", sample.prompt), ("assistant", sample.completion)]
-    made = chat([{"role": role, "content": text} for role, text in turns if text], sample.tools)
+    turns = [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.completion}]
+    made = instructed(turns, sample.beside)
     return replace(made, weight=sample.weight, weights=tuple(w * sample.weight for w in made.weights))
 
 
@@ -195,24 +196,32 @@ def in_turns(sample: Sample) -> Sample:
     return conversed(sample) if sample.kind == "completion" else sample
 
 
-def unused_note(path: str, rows: int) -> str:
-    """The note on rows whose `system` or `tools` nothing reads."""
-    return (
-        f"{path}: {rows} rows have 'system' or 'tools' beside a prompt that is a text, which is gone on from as it is, without "
-        "them; chat: true makes it a conversation with both"
-    )
+def unused_notes(path: str, rows: Counter[str]) -> list[str]:
+    """The notes on rows whose `system` or `tools` nothing reads, counted by `Sample.unused`."""
+    whys = {
+        "completion": "beside a prompt that is a text, which is gone on from as it is, without them; chat: true makes it a "
+        "conversation with both",
+        "chat": "that are no system turn and no list of functions, and are not read",
+    }
+    return [f"{path}: {rows[kind]} rows have 'system' or 'tools' {why}" for kind, why in whys.items() if rows[kind]]
 
 
 def _alpaca(row: dict[str, Any]) -> Sample:
     answer = {"role": "assistant", "content": text_of(row, "output")}
-    return conversation([*alpaca_turns(row), answer], "role", "content", row)
+    return instructed([*alpaca_turns(row), answer], row)
+
+
+def instructed(turns: list[Any], row: dict[str, Any]) -> Sample:
+    """A conversation of a row in other words than those of conversations: its tools are what has the shape of tools."""
+    row, other = meant(row)
+    return replace(conversation(turns, "role", "content", row), beside=other)
 
 
 def alpaca_turns(row: dict[str, Any]) -> list[dict[str, str]]:
     """The old turns of a row in alpaca's words, and its question."""
     question, more = text_of(row, "instruction"), maybe(row, "input")
     messages = []
-    history = row.get("history") or []
+    history = [] if nothing(row.get("history")) else row["history"]
     if not isinstance(history, list) or not all(isinstance(p, list) and len(p) == 2 for p in history):
         raise BadRow("'history' must be a list of [question, answer] pairs")
     for pair in history:
@@ -255,7 +264,7 @@ def conversation(turns: list[Any], role_key: str, text_key: str, row: dict[str, 
             raise BadRow(f"turn {number}: {problem}") from None
         messages.append(message)
         weights.append(weight)
-    return chat(messages, _tools(row), weights)
+    return chat(messages, tools_of(row), weights)
 
 
 def _system(row: dict[str, Any]) -> str:
@@ -308,18 +317,9 @@ def _content(turn: dict[str, Any], key: str, empty: bool) -> str:
     return text_of(turn, key, empty)
 
 
-def _json(text: str, what: str) -> Any:
-    try:
-        value = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise BadRow(f"{what} is not valid JSON ({str(error).split(': line')[0]})") from None
-    measure(value)
-    return value
-
-
 def _calls_of_text(text: str) -> list[dict[str, Any]]:
     """ShareGPT's function_call: one call or a list of them, as JSON."""
-    value = _json(text, "the function call")
+    value = of_json(text, "the function call")
     return _calls(value if isinstance(value, list) else [value])
 
 
@@ -333,7 +333,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
             raise BadRow("a function call without a name")
         arguments = inner.get("arguments", {})
         if isinstance(arguments, str):
-            arguments = _json(arguments, "the arguments of a function call") if arguments.strip() else {}
+            arguments = of_json(arguments, "the arguments of a function call") if arguments.strip() else {}
         require_json(arguments, f"the call of '{inner['name']}'")
         entry = {"type": "function", "function": {"name": inner["name"], "arguments": arguments}}
         if isinstance(call.get("id"), str):
@@ -342,19 +342,6 @@ def _calls(value: Any) -> list[dict[str, Any]]:
     if not found:
         raise BadRow("'tool_calls' is empty")
     return found
-
-
-def _tools(row: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The tools of a row: a list, or a list as JSON text; each wrapped as templates expect it."""
-    value = row.get("functions") if row.get("tools") is None else row["tools"]
-    if isinstance(value, str):
-        value = _json(value, "'tools'") if value.strip() else None
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise BadRow("'tools' must be a list of objects")
-    require_json(value, "'tools'")
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
 
 
 def chat(

@@ -9,6 +9,7 @@ Which prompts a phase takes is a pure function of (seed, place): sources are mix
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from fettle.core.errors import FettleError
 from fettle.data.folders import left_out
-from fettle.data.formats import Sample, conversed, detect, to_sample, unused_note
+from fettle.data.formats import Sample, conversed, detect, to_sample, unused_notes
 from fettle.data.mix import Mixture
 from fettle.data.parse import BadRow
 from fettle.data.read import Row
@@ -147,7 +148,8 @@ class _Reader:
         self, spec: DataSpec, encoder: Encoder, room: int, lack: Callable[[dict[str, Any]], str | None], keys: str
     ) -> None:
         self.spec, self.encoder, self.room, self.lack, self.keys = spec, encoder, room, lack, keys
-        self.format, self.read, self.unused = "", 0, 0
+        self.format, self.read = "", 0
+        self.unused: Counter[str] = Counter()
         self.prompts: list[Prompt] = []
         self.problems: list[str] = []
         self.notes = left_out(spec.path)
@@ -166,8 +168,7 @@ class _Reader:
                 f"{path}: {bad} of {self.read} rows cannot be used as prompts, more than max_bad: {self.spec.max_bad:g} allows; mend them, "
                 f"or raise it" + "".join(f"\n  {p}" for p in self.problems[:SHOWN]) + more
             )
-        if self.unused:
-            self.notes.append(unused_note(path, self.unused))
+        self.notes += unused_notes(path, self.unused)
         if bad:
             lost = [f"{row.where}: {row.problem}" for row in taken if row.lost]
             self.notes += [
@@ -231,7 +232,7 @@ class _Reader:
             if why := self.lack(facts):
                 self.problems.append(f"{row.where}: {why}")
                 continue
-            self.unused += sample.unused
+            self.unused[sample.unused] += 1
             talk, tools = (sample.messages[:-1], sample.tools) if sample.messages else (sample.prompt, ())
             self.prompts.append(Prompt(row.where, talk, np.array(tokens, dtype=np.int32), facts, tools))
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fettle.data.formats import Sample, alpaca_turns, completed, conversation, text_of, weight_of
+from fettle.data.formats import Sample, alpaca_turns, completed, conversation, instructed, text_of, weight_of
 from fettle.data.parse import BadRow, kind_of
 
 MOST = 16  # answers to one prompt
@@ -146,7 +146,8 @@ def _role(turn: Any) -> str:
 
 def _talk(prompt: list[Any], answer: list[Any], row: dict[str, Any]) -> Sample:
     """A conversation of which only what comes after the prompt is learned."""
-    talk = conversation([*prompt, *answer], "role", "content", row)
+    turns = [*prompt, *answer]
+    talk = instructed(turns, row) if "instruction" in row else conversation(turns, "role", "content", row)
     first = len(talk.messages) - len(answer)
     return replace(talk, weights=tuple(float(i >= first and w > 0) for i, w in enumerate(talk.weights)))
 

@@ -1,4 +1,7 @@
-"""Functions and their calls as text, for a chat template that does not know them and would drop them without a word."""
+"""The functions that a row offers; and functions and their calls as text, for a chat template that does not know them.
+
+It would drop them without a word.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,69 @@ from typing import Any
 
 import orjson
 
+from fettle.data.parse import BadRow, measure, require_json
+
 Message = dict[str, Any]
 HEAD = "# Tools\n\nYou may call one or more of these functions, given as JSON:\n<tools>\n"
 TAIL = "\n</tools>\n\nA call is an object with a name and arguments inside <tool_call></tool_call>."
+BESIDE = ("system", "tools", "functions")  # columns beside a prompt that say how it is asked
+
+
+def nothing(value: Any) -> bool:
+    """Whether a column holds nothing; CSV writes an empty list as a text."""
+    return not value or isinstance(value, str) and value.strip() in ("", "[]")
+
+
+def of_json(text: str, what: str) -> Any:
+    """What a text says as JSON; BadRow where it is none, or nested too deeply."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise BadRow(f"{what} is not valid JSON ({str(error).split(': line')[0]})") from None
+    measure(value)
+    return value
+
+
+def tools_of(row: dict[str, Any]) -> tuple[Message, ...]:
+    """The tools of a row: a list, or a list as JSON text; each wrapped as templates expect it."""
+    value = row.get("functions") if row.get("tools") is None else row["tools"]
+    if isinstance(value, str):
+        value = of_json(value, "'tools'") if value.strip() else None
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise BadRow("'tools' must be a list of objects")
+    require_json(value, "'tools'")
+    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in value)
+
+
+def beside(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that may say how its prompt is asked, as they are, where they hold something."""
+    return {key: row[key] for key in BESIDE if not nothing(row.get(key))}
+
+
+def meant(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row with no `system` and no tools but what has the shape of them, and what it has besides under their names.
+
+    For rows whose words are not those of conversations, where such a column may be about anything. BadRow where tools lack names.
+    """
+    other = {key: value for key, value in beside(row).items() if not _meant(key, value)}
+    return {key: value for key, value in row.items() if key not in other}, other
+
+
+def _meant(key: str, value: Any) -> bool:
+    if key == "system":
+        return isinstance(value, str)
+    if isinstance(value, str):
+        try:
+            value = of_json(value, f"'{key}'")
+        except BadRow:
+            return False
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        return False
+    if not all("name" in tool or "function" in tool for tool in value):
+        raise BadRow(f"'{key}' holds an object without a name")
+    return True
 
 
 def spelled_out(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from fettle.core import FettleError
 from fettle.data import BadRow, DataSpec, detect, to_sample
+from fettle.data.formats import in_turns
 
 CALL = '{"name": "weather", "arguments": {"town": "Oslo"}}'
 
@@ -70,6 +72,45 @@ GOOD = [
 def test_good_rows(name: str, row: dict, expected: list) -> None:
     assert brief(to_sample(row, name)) == expected
     assert detect([row], "f") == name
+
+
+OTHER: dict[str, Any] = {
+    "tools": ["hammer, saw", ["hammer"], {"f": {}}, 3, '{"f": 1}', "[1]"], "functions": [3, "calc"], "system": [3, ["Linux"]],
+}  # fmt: skip
+WORDS: dict[str, dict[str, Any]] = {
+    "alpaca": {"instruction": "q", "output": "a"}, "completion": {"prompt": "q", "completion": "a"},
+    "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "alpaca's preference": {"instruction": "q", "chosen": "a", "rejected": "b"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("key", OTHER)
+def test_a_column_about_something_else_is_left(words: str, key: str) -> None:
+    """It is as if it were not there, but that it is told; and so in a conversation that is made of texts."""
+    name = words.split()[-1]
+    alone = to_sample(WORDS[words], name)
+    for value in OTHER[key]:
+        found = to_sample(WORDS[words] | {key: value}, name)
+        assert found.unused == (found.answers or (found,))[0].kind
+        for one, other in ((found, alone), (in_turns(found), in_turns(alone))):
+            assert one.unused and not other.unused
+            for mine, bare in zip(one.answers or (one,), other.answers or (other,), strict=True):
+                assert mine.beside == {key: value} and replace(mine, beside={}) == bare
+
+
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize("tools", [[{"x": 1}], '[{"name": "f"}, {"x": 1}]'])
+def test_tools_without_names_are_a_bad_row_where_they_are_read(words: str, tools: Any) -> None:
+    with pytest.raises(BadRow, match="'tools' holds an object without a name"):
+        in_turns(to_sample(WORDS[words] | {"tools": tools}, words.split()[-1]))
+
+
+@pytest.mark.parametrize("words", ["alpaca", "alpaca's preference"])
+@pytest.mark.parametrize("empty", [None, "", " [] ", []])
+def test_a_history_of_nothing(words: str, empty: Any) -> None:
+    name = words.split()[-1]
+    assert to_sample(WORDS[words] | {"history": empty}, name) == to_sample(WORDS[words], name)
 
 
 def test_texts_and_completions() -> None:

@@ -135,6 +135,19 @@ def test_what_a_text_has_no_place_for_is_told(more: dict[str, Any], tmp_path: Pa
         assert len(told) == (more["tools"] != "[]" if "tools" in more else 1)
 
 
+def test_tools_that_are_none_are_told(tmp_path: Path, tokenizer: Any) -> None:
+    row = {"tools": "hammer"}
+    specs = [
+        DataSpec(path=file(tmp_path, [asked | row], f"{name}.jsonl"), **more)
+        for name, asked, more in (
+            ("words", {"instruction": "2 + 2?", "output": "4"}, {}), ("texts", {"prompt": "2 + 2?", "completion": "4"}, {"chat": True}),
+        )
+    ]  # fmt: skip
+    for notes in (read_prompts(specs, tokenizer, 100).notes, prepare(specs, tokenizer, 64).notes):
+        told = [note for note in notes if "no list of functions, and are not read" in note]
+        assert [note.partition(" have")[0] for note in told] == [f"{spec.path}: 1 rows" for spec in specs]
+
+
 def test_a_call_is_no_answer_of_the_row(tmp_path: Path, tokenizer: Any) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
     assert only(tmp_path, {"messages": [ASK, call]}, tokenizer)[2] is None
