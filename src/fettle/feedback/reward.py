@@ -20,24 +20,29 @@ Tools = Sequence[dict[str, Any]]  # of one prompt, as templates take them
 
 @dataclass(frozen=True)
 class Means:
-    """What a reward cannot hold itself: opened models and engines, by the names that the recipe has for them."""
+    """What a reward cannot hold itself: opened models and engines, by the names that the recipe has for them, and tools.
+
+    `offered` are the tools of each prompt; none where it is empty. They are no argument, which a column could be called, too.
+    """
 
     forests: Mapping[str, Forest] = field(default_factory=dict)
     engines: Mapping[str, Engine] = field(default_factory=dict)
+    offered: Sequence[Tools] = ()
 
 
 @dataclass(frozen=True)
 class Asked:
-    """N answers to be rewarded, each with its prompt, and the facts of its row (`answer`: the right one).
-
-    `offered` are the tools of each prompt.
-    """
+    """N answers to be rewarded, each with its prompt, and the facts of its row (`answer`: the right one)."""
 
     prompts: Sequence[Prompt]
     answers: Sequence[str]
     means: Means
     facts: Mapping[str, Sequence[Any]]
-    offered: Sequence[Tools] = ()
+
+    @property
+    def offered(self) -> Sequence[Tools]:
+        """The tools of each prompt."""
+        return self.means.offered or [()] * len(self.prompts)
 
     @property
     def spelled(self) -> list[Prompt]:
@@ -75,24 +80,23 @@ class Reward(Spec):
 
     def score(
         self, prompts: Sequence[Prompt], answers: Sequence[str], means: Means | None = None,
-        offered: Sequence[Tools] | None = None, **facts: Sequence[Any],
+        **facts: Sequence[Any],
     ) -> list[float]:  # fmt: skip
-        """One finite number an answer. `facts` are columns of the data, one value an answer; `offered` the tools of each prompt.
+        """One finite number an answer. `facts` are columns of the data, one value an answer.
 
         FettleError where a column is missing, the count is wrong, or a number is not finite.
         """
-        return self.scores(prompts, answers, means, offered, **facts).total
+        return self.scores(prompts, answers, means, **facts).total
 
     def scores(
         self, prompts: Sequence[Prompt], answers: Sequence[str], means: Means | None = None,
-        offered: Sequence[Tools] | None = None, **facts: Sequence[Any],
+        **facts: Sequence[Any],
     ) -> Scores:  # fmt: skip
         """As `score`, with the parts of a sum."""
-        offered = [()] * len(prompts) if offered is None else offered
-        for name, column in (("prompts", prompts), ("tools", offered), *facts.items()):
+        asked = Asked(prompts, answers, means or Means(), facts)
+        for name, column in (("prompts", prompts), ("tools", asked.offered), *facts.items()):
             if len(column) != len(answers):
                 raise FettleError(f"reward '{self.title}': {len(column)} {name} for {len(answers)} answers")
-        asked = Asked(prompts, answers, means or Means(), facts, offered)
         for i in range(len(answers)):
             if why := self.lack({name: column[i] for name, column in facts.items()}):
                 raise FettleError(f"{why}, for {asked.quoted(i)}")

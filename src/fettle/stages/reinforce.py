@@ -41,7 +41,7 @@ from fettle.train.parallel import World
 from fettle.train.rollouts import Actors, Mix, Rollouts, RolloutSpec
 
 ANSWERS = "answers"
-APART = ("prompts", "answers", "means", "offered", "self")  # columns that a reward's own arguments are called
+APART = ("prompts", "answers", "means", "self")  # columns that a reward's own arguments are called
 
 
 class MixSpec(Spec):
@@ -174,8 +174,8 @@ class Reinforce(Recipe):
         def score(asked: Sequence[Prompt], answers: Sequence[str]) -> Any:
             columns = dict.fromkeys(key for prompt in asked for key in prompt.facts if key not in APART)
             facts = {key: [prompt.facts.get(key) for prompt in asked] for key in columns}
-            prompts, offered = [prompt.asked for prompt in asked], [prompt.tools for prompt in asked]
-            return self.reward.scores(prompts, answers, means, offered, **facts)
+            offered = replace(means, offered=[prompt.tools for prompt in asked])
+            return self.reward.scores([prompt.asked for prompt in asked], answers, offered, **facts)
 
         return score
 

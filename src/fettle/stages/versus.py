@@ -14,7 +14,7 @@ output/answers/NAME.jsonl                    every answer with its rewards and i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -190,7 +190,8 @@ class Versus(Stage):
         each, texts = [p for p in prompts for _ in range(n)], [c.text for c in written]
         columns = dict.fromkeys(key for p in prompts for key in p.facts if key not in APART)
         facts = {key: [p.facts.get(key) for p in each] for key in columns}
-        scores = self.reward.scores([p.asked for p in each], texts, means, [p.tools for p in each], **facts)
+        offered = replace(means, offered=[p.tools for p in each])
+        scores = self.reward.scores([p.asked for p in each], texts, offered, **facts)
         kl = None
         if forest is not start:
             grouped = [[c.tokens for c in written[i : i + n]] for i in range(0, len(written), n)]

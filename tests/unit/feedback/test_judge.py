@@ -148,12 +148,12 @@ def test_tools_and_calls_reach_the_judge() -> None:
         (rules, "Rule: unsure"),
     ):  # fmt: skip
         engine = Scripted(lambda talk, said=said: said)  # type: ignore[misc]
-        reward.score([talk], ["Four."], Means(engines={"big": engine}), [tools], other=["Five."])
+        reward.score([talk], ["Four."], Means(engines={"big": engine}, offered=[tools]), other=["Five."])
         for asked in engine.asked[0][0]:
             assert '{"name":"add","parameters":{}}' in asked[1]["content"] and "<tools>" in asked[1]["content"]
             assert '{"name":"add","arguments":{"a":2}}' in asked[1]["content"] and "4" in asked[1]["content"]
     with pytest.raises(FettleError, match="2 tools for 1 answers"):
-        rules.score([talk], ["Four."], Means(engines={"big": engine}), [tools, tools])
+        rules.score([talk], ["Four."], Means(engines={"big": engine}, offered=[tools, tools]))
 
 
 def test_rules_without_a_pattern_are_judged_one_by_one() -> None:

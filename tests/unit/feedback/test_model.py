@@ -76,8 +76,8 @@ def test_the_text_is_that_of_training(tools: list[dict[str, Any]], forest: Fores
     example = form.example(encoded[0], len(encoded[0].tokens))
     with torch.no_grad():
         scores = forest.scores(pack([example], len(example), 0))[:, 0].tolist()
-    prompts, answers, means = [OTHER] * 2, ["One, two", "A short answer"], Means(forests={"rm": forest})
-    found = ModelReward(path="rm").score(prompts, answers, means, [tools, tools])
+    prompts, answers, means = [OTHER] * 2, ["One, two", "A short answer"], Means({"rm": forest}, offered=[tools, tools])
+    found = ModelReward(path="rm").score(prompts, answers, means)
     assert found == pytest.approx(scores, abs=2e-6)
     assert (found == pytest.approx(model_scores(forest, prompts, answers), abs=2e-6)) == (not tools)
 

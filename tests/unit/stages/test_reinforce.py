@@ -129,7 +129,8 @@ def test_the_tools_of_a_prompt_reach_the_reward(
     folder: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [
-        {"messages": [{"role": "user", "content": "Count."}], "tools": tools} for tools in ('[{"name": "add"}]', "")
+        {"messages": [{"role": "user", "content": "Count."}], "tools": tools, "offered": 5}
+        for tools in ('[{"name": "add"}]', "")
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (recipe,) = read(folder, stage(folder, tiny_llama, batch={"tokens": 512})).stages
@@ -139,6 +140,7 @@ def test_the_tools_of_a_prompt_reach_the_reward(
     recipe.scorer(people)(prompts, ["one", "two"])
     assert [[*tools] for tools in seen[0].offered] == [[{"type": "function", "function": {"name": "add"}}], []]
     assert seen[0].facts["tools"] == ['[{"name": "add"}]', ""], "and functions have the column as it is"
+    assert seen[0].facts["offered"] == [5, 5], "as any other, whatever the tools are called"
 
 
 def test_a_critic_may_begin_as_the_reward_model(folder: Path, tiny_llama: Path) -> None:
