@@ -90,8 +90,6 @@ class Corpus:
             f"(long: {s.spec.long}); they are listed in {s.over}"
             for c, s in zip(self.counts, self.sources, strict=True) if c.too_long
         ]  # fmt: skip
-        if isinstance(encoder.form, Preference):
-            self.notes += encoder.form.one_kind((s.store, s.units.example) for s in self.sources)
         self.notes += self.mixture.notes
         self.notes += [
             f"{c.source}: {c.cut} examples were cut to {s.limit}"

@@ -20,6 +20,7 @@ from rich.text import Text
 from fettle.core.errors import FettleError
 from fettle.data.inspect import legend, show
 from fettle.data.inspect import problems as data_problems
+from fettle.data.preference import Preference
 from fettle.data.source import Corpus
 from fettle.evaluate import problems as evaluation_problems
 from fettle.models.forest import Forest
@@ -90,6 +91,8 @@ def preflight(recipe: Recipe, forest: Forest, corpus: Corpus, job: Job) -> Repor
     report.corpus = corpus
     report.problems += data_problems(corpus)
     report.notes += corpus.notes
+    if isinstance(form := corpus.encoder.form, Preference):
+        report.notes += form.one_kind((s.store, s.units.example) for s in corpus.sources)
     if job.validation is not None:
         report.problems += [f"validation: {problem}" for problem in data_problems(job.validation.corpus)]
         report.notes += job.validation.corpus.notes

@@ -208,7 +208,8 @@ def test_answers_of_one_kind_only_are_told(labels: list[bool], told: str, tokeni
         (tmp_path / f"{i}").mkdir()
         sources.append(source(tmp_path / f"{i}", [{"prompt": "p", "completion": f"c{i}", "label": label}]))
     corpus = prepare(sources, tokenizer, 64, form=Preference(compared=False))
-    notes = [note for note in corpus.notes if "both kinds" in note]
+    assert isinstance(corpus.encoder.form, Preference)
+    notes = corpus.encoder.form.one_kind((s.store, s.units.example) for s in corpus.sources)
     assert [note.startswith(f"data: {told} answers are desired") for note in notes] == ([True] if told else [])
 
 

@@ -117,6 +117,19 @@ def test_a_warm_up_that_does_not_end_is_noted(recipe: Path) -> None:
     assert ["warm-up" in " ".join(report.notes) for report in reports] == [True, False, False]
 
 
+@pytest.mark.parametrize(("learned", "held"), [([True, False], [True]), ([True, True], [True, False])])
+def test_answers_of_one_kind_are_noted_where_they_are_learned(
+    learned: list[bool], held: list[bool], recipe: Path, tmp_path: Path
+) -> None:
+    for name, labels in (("data", learned), ("held", held)):
+        rows = [{"prompt": f"{name} {i}", "completion": "one", "label": label} for i, label in enumerate(labels)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kto = [f"stages.{i}.objective.kind=kto" for i in range(3)]
+    notes = [[note for note in report.notes if "both kinds" in note] for report in checked(recipe, *kto)[0]]
+    told = [] if False in learned else ["data: 2 of 2 answers are desired"]
+    assert [[note.partition(";")[0] for note in of] for of in notes] == [told] * 3
+
+
 def test_steps_and_held_out_losses_are_timed(recipe: Path) -> None:
     reports, said = checked(recipe, time_steps=True)
     assert all(report.step_seconds for report in reports)
