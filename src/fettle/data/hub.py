@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fettle.core.errors import FettleError
-from fettle.data.read import Row, stated
+from fettle.data.read import Row, call_columns, stated
 from fettle.data.spec import DataSpec
 
 
@@ -45,6 +45,8 @@ def rows(spec: DataSpec) -> Iterator[Row]:
         raise FettleError(
             f"{spec.path}: cannot be opened ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from None
+    features = getattr(found, "features", None)  # None where the library knows them only once it has read the rows
+    columns = None if features is None else call_columns(features.arrow_schema)
     number, stream = 0, iter(found)
     while True:
         number += 1
@@ -59,4 +61,4 @@ def rows(spec: DataSpec) -> Iterator[Row]:
             return
         if value is None:
             return
-        yield Row(f"{spec.path}:{number}", value=stated(dict(value)))
+        yield Row(f"{spec.path}:{number}", value=stated(dict(value), value if columns is None else columns))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -281,10 +281,10 @@ def _parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
+            columns = call_columns(file.schema_arrow)
             for batch in file.iter_batches(batch_size=256):
-                for i in range(batch.num_rows):
-                    number += 1
-                    yield _parquet_row(f"{path}:{number}", batch, i)
+                yield from _parquet_rows(path, number, batch, columns)
+                number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         if number == 0:
             raise FettleError(f"{path}: not a Parquet file, or damaged ({str(error).splitlines()[0]})") from None
@@ -292,7 +292,17 @@ def _parquet(path: Path) -> Iterator[Row]:
         yield Row(f"{path}:{number + 1}", problem=problem, lost=True)
 
 
-def _parquet_row(where: str, batch: Any, i: int) -> Row:
+def _parquet_rows(path: Path, before: int, batch: Any, columns: list[str]) -> Iterator[Row]:
+    """The rows of a batch behind `before` others, with calls or tools in `columns`; one by one where a value cannot be read."""
+    try:
+        values = batch.to_pylist()
+    except (UnicodeDecodeError, ValueError, OverflowError):
+        yield from (_parquet_row(f"{path}:{before + i + 1}", batch, i, columns) for i in range(batch.num_rows))
+        return
+    yield from (Row(f"{path}:{before + i}", value=stated(value, columns)) for i, value in enumerate(values, 1))
+
+
+def _parquet_row(where: str, batch: Any, i: int, columns: list[str]) -> Row:
     value: dict[str, Any] = {}
     problems = []
     for name, cells in zip(batch.schema.names, batch.columns, strict=True):
@@ -301,17 +311,37 @@ def _parquet_row(where: str, batch: Any, i: int) -> Row:
         except (UnicodeDecodeError, ValueError, OverflowError) as error:
             problems.append(f"the column '{name}' holds a value that cannot be read ({error})")
     if not problems:
-        return Row(where, value=stated(value))
+        return Row(where, value=stated(value, columns))
     raw = orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
     return Row(where, problem="; ".join(problems), raw=raw)
 
 
-def stated(value: Any, below: bool = False) -> Any:
-    """A value of Arrow without the nulls in calls and tools, which are those of other calls: their structs are joined to one.
+def call_columns(schema: Any) -> list[str]:
+    """The columns of an Arrow schema that are calls or tools, or have them in their structs."""
+    return [field.name for field in schema if _has_calls(field)]
 
-    A call that says null itself cannot be told from one that lacks the key. A null in a list is said, and stays.
+
+def _has_calls(field: Any) -> bool:
+    from pyarrow.types import is_struct
+
+    if field.name in CALLS:
+        return True
+    if is_struct(field.type):
+        return any(map(_has_calls, field.type))
+    return hasattr(field.type, "value_field") and _has_calls(field.type.value_field)  # a list of any kind
+
+
+def stated(row: dict[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+    """A row of Arrow without the nulls in calls and tools, which are those of other calls: their structs are joined to one.
+
+    `columns` are those that may hold some. A call that says null itself cannot be told from one that lacks the key. A null in a
+    list is said, and stays.
     """
+    return row | {key: _stated(row[key], key in CALLS) for key in columns}
+
+
+def _stated(value: Any, below: bool) -> Any:
     if isinstance(value, dict):
         kept = {key: item for key, item in value.items() if item is not None or not below}
-        return {key: stated(item, below or key in CALLS) for key, item in kept.items()}
-    return [stated(item, below) for item in value] if isinstance(value, list) else value
+        return {key: _stated(item, below or key in CALLS) for key, item in kept.items()}
+    return [_stated(item, below) for item in value] if isinstance(value, list) else value

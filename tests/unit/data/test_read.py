@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from fettle.core import FettleError
 from fettle.data import arrays, read, streams
 from fettle.data.folders import files, left_out
-from fettle.data.read import place
+from fettle.data.read import call_columns, place
 
 ROWS = [{"text": f'row {i} 你好 "quoted" {{[,]}} \\ end'} for i in range(7)]
 
@@ -113,6 +113,21 @@ def test_calls_of_parquet_have_no_fields_of_other_calls(tmp_path: Path) -> None:
     first, second = (row.value for row in rows(tmp_path / "a.parquet"))
     assert first["messages"][1]["tool_calls"] == calls and first["tools"] == tools
     assert first["messages"][0]["tool_calls"] is None and (second["tools"], second["n"]) == (None, None)
+
+
+def test_calls_are_found_by_the_schema(tmp_path: Path) -> None:
+    """At any depth of structs and lists; what has none is as Arrow gives it, nulls and all."""
+    call = {"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": 2}}
+    deep = [{"turn": {"tool_calls": [one]}} for one in call]
+    plain = [{"a": 1, "b": None}, {"a": None, "b": 2}]
+    given = {"deep": [deep, None], "functions": [call[:1], call[1:]], "plain": plain, "vector": [[0.5], [None]]}
+    table = pa.table(given | {"lists": [[[deep[0]]], [[deep[1]]]], "few": pa.array([plain, plain], pa.list_(pa.struct({"a": pa.int8(), "b": pa.int8()}), 2))})  # fmt: skip
+    assert call_columns(table.schema) == ["deep", "functions", "lists"]
+    pq.write_table(table, tmp_path / "a.parquet")
+    first, second = (row.value for row in rows(tmp_path / "a.parquet"))
+    assert first["deep"] == deep and second["deep"] is None and first["functions"] == [call[0]]
+    assert [first["plain"], second["plain"]] == first["few"] == plain
+    assert second["lists"] == [[deep[1]]] and second["vector"] == [None]
 
 
 def test_what_cannot_be_read_of_parquet_leaves_the_rest(tmp_path: Path) -> None:

@@ -446,6 +446,18 @@ def test_hub_rows(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert any("hf://someone/something:4: the stream fails here" in note for note in corpus.notes)
 
 
+def test_hub_rows_whose_features_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are looked for where the features have them, and only there."""
+    datasets = pytest.importorskip("datasets")
+    given = [{"tools": [{"name": "f", "x": 1}], "other": [{"a": 1}]}, {"tools": [{"name": "g"}], "other": [{"b": 2}]}]
+    found = datasets.Dataset.from_list(given).to_iterable_dataset()
+    assert found.features is not None
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **keys: found)
+    rows = [row.value for row in build.hub.rows(DataSpec(path="hf://someone/something"))]
+    assert [row["tools"] for row in rows] == [row["tools"] for row in given]
+    assert [row["other"] for row in rows] == [[{"a": 1, "b": None}], [{"a": None, "b": 2}]]
+
+
 GOOD = st.sampled_from(
     [
         json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": a}]})
