@@ -12,6 +12,7 @@ An arm that ended before is not run again.
 
 from __future__ import annotations
 
+import re
 import statistics
 import subprocess
 import sys
@@ -44,6 +45,7 @@ Interval = tuple[float, float | None, float | None]  # mean, low, high; the mean
 Arms = Mapping[str, Sequence[str]]  # by name, overrides `key=value`
 FINDINGS = "findings.json"
 PICTURE = "findings.png"
+ENDING = re.compile(r"\.(?:jsonl?|txt)(?=, |$)")  # of the file in an evaluation's name, before its settings
 
 
 @dataclass(frozen=True)
@@ -222,12 +224,18 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
+def titles(names: Sequence[str]) -> list[str]:
+    """Names of evaluations without the endings of their files, unless it is these that tell them apart."""
+    short = [ENDING.sub("", name, count=1) for name in names]
+    return short if len(set(short)) == len(short) else list(names)
+
+
 def table(outcomes: Sequence[Outcome]) -> Table:
     """One row an arm."""
     rows = summary(outcomes)
     names = list(dict.fromkeys(name for row in rows.values() for name in row["scores"]))
     shown = Table()
-    for head in ("arm", "trained", "share", "memory", "step", *(Path(n).stem for n in names), "latency", "merged"):
+    for head in ("arm", "trained", "share", "memory", "step", *titles(names), "latency", "merged"):
         shown.add_column(head, justify="left" if head == "arm" else "right", overflow="fold")
     for arm, row in rows.items():
         scores = [_score(row["scores"].get(name)) for name in names]
@@ -258,14 +266,14 @@ def draw(outcomes: Sequence[Outcome], file: Path) -> None:
     figure, axes = plt.subplots(
         1, len(names) + 1, figsize=(5.4 * (len(names) + 1), 4.2), layout="constrained", squeeze=False
     )
-    for axis, name in zip(axes[0], names):
+    for axis, name, title in zip(axes[0], names, titles(names)):
         for row in rows.values():
             if name in row["scores"]:
                 mean, low, high = row["scores"][name]
                 axis.errorbar(
                     row["trained"], mean, yerr=whisker(mean, low, high), fmt="o", ms=6, lw=1.2, color="#1f4e79"
                 )
-        axis.set(xscale="log", xlabel="trained parameters", ylabel=f"score on {Path(name).stem}")
+        axis.set(xscale="log", xlabel="trained parameters", ylabel=f"score on {title}")
     last = axes[0][-1]
     timed = {arm: row for arm, row in rows.items() if row["step_seconds"] is not None}
     for row in timed.values():

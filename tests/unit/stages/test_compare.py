@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fettle.core.errors import FettleError
 from fettle.core.files import write_json
-from fettle.stages.compare import Outcome, compare, draw, pick, place_of, read_arms, summary
+from fettle.stages.compare import Outcome, compare, draw, pick, place_of, read_arms, summary, table
 from fettle.stages.labels import label
 from fettle.stages.pipeline import load_recipe
 from fettle.stages.recipes import recipe_file
@@ -97,3 +97,23 @@ def test_a_run_that_ended_is_read_again_only_for_its_own_recipe(tmp_path: Path) 
     assert found == replace(ONE, seed=1000)
     with pytest.raises(FettleError, match="seed-1000: was written by another recipe .optim.lr: 0.1 then, 0.2 now"):
         compare(recipe, {"lora": ["optim.lr=0.2"]}, tmp_path, seeds=1, first=1000, console=console)
+
+
+@pytest.mark.parametrize(
+    ("names", "heads"),
+    [
+        (["x/t.jsonl", "y/t.jsonl"], ["x/t", "y/t"]),
+        (["t.jsonl, shots 0", "t.jsonl, shots 2"], ["t, shots 0", "t, shots 2"]),
+        (["t.jsonl, temperature 0.7", "a.txt", "b.c.json"], ["t, temperature 0.7", "a", "b.c"]),
+        (["t.jsonl", "t.txt"], ["t.jsonl", "t.txt"]),
+    ],
+)
+def test_heads_and_axes_tell_evaluations_apart(tmp_path: Path, monkeypatch, names: list, heads: list) -> None:
+    import matplotlib.pyplot as plt
+
+    outcomes = [replace(ONE, scores=dict.fromkeys(names, (0.4, 0.3, 0.5)))]
+    assert [column.header for column in table(outcomes).columns][5:-2] == heads
+    close, drawn = plt.close, list[str]()
+    monkeypatch.setattr(plt, "close", lambda figure: (drawn.extend(a.get_ylabel() for a in figure.axes), close(figure)))
+    draw(outcomes, tmp_path / "p.png")
+    assert drawn[:-1] == [f"score on {head}" for head in heads]
