@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
 from rich.table import Table
 
 from fettle.core import FettleError
@@ -189,15 +191,19 @@ def paired(a: Sequence[Result], b: Sequence[Result]) -> list[tuple[int, int]]:
     """
     found: dict[int, int] = {}
     for same in (_measure, _file, _file_name):
+        taken = set(found.values())
+        free: dict[Any, deque[int]] = defaultdict(deque)
+        for j, other in enumerate(b):
+            if j not in taken:
+                free[same(other)].append(j)
         for i, result in enumerate(a):
-            free = (j for j, other in enumerate(b) if j not in found.values() and same(other) == same(result))
-            if i not in found and (j := next(free, None)) is not None:
-                found[i] = j
+            if i not in found and (places := free[same(result)]):
+                found[i] = places.popleft()
     return sorted(found.items())
 
 
 def _measure(result: Result) -> Any:
-    return result.sha256, {**result.settings, "path": ""}
+    return result.sha256, orjson.dumps({**result.settings, "path": ""}, option=orjson.OPT_SORT_KEYS)
 
 
 def _file(result: Result) -> Any:

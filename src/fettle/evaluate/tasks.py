@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,19 +71,28 @@ def names_of(specs: Sequence[Evaluation]) -> list[str]:
     """What to call each of several evaluations: as much of the end of its path as no other path ends in, and where several
     are of one path, the settings in which these differ."""
     paths = [Path(os.path.abspath(spec.path)) for spec in specs]
-    names = []
-    for spec, path in zip(specs, paths, strict=True):
-        others = [other.parts for other in paths if other != path]
-        ends = (path.parts[-n:] for n in range(1, len(path.parts) + 1))
-        end = next(end for end in ends if not any(other[-len(end) :] == end for other in others))
-        alike = [one.model_dump(exclude={"path"}) for one, other in zip(specs, paths, strict=True) if other == path]
-        names.append(", ".join([str(Path(*end)), *_differing(spec.model_dump(exclude={"path"}), alike)]))
-    return names
+    settings = [spec.model_dump(exclude={"path"}) for spec in specs]
+    ends = Counter(end for path in set(paths) for end in _ends(path))
+    alike = defaultdict(list)
+    for path, own in zip(paths, settings, strict=True):
+        alike[path].append(own)
+    shortest = {path: str(Path(*next(end for end in _ends(path) if ends[end] == 1))) for path in alike}
+    differing = {path: _differing(group) for path, group in alike.items()}
+    return [
+        ", ".join([shortest[path], *(f"{key} {value}" for key, value in own.items() if key in differing[path])])
+        for path, own in zip(paths, settings, strict=True)
+    ]
 
 
-def _differing(settings: dict[str, Any], others: Sequence[dict[str, Any]]) -> list[str]:
-    """The settings that are not the same in all others that have them."""
-    return [f"{key} {value}" for key, value in settings.items() if any(o.get(key, value) != value for o in others)]
+def _ends(path: Path) -> list[tuple[str, ...]]:
+    """The ends of a path, the shortest first."""
+    return [path.parts[-n:] for n in range(1, len(path.parts) + 1)]
+
+
+def _differing(settings: Sequence[dict[str, Any]]) -> set[str]:
+    """The keys whose values are not the same in all settings that have them."""
+    first: dict[str, Any] = {}
+    return {key for own in settings for key, value in own.items() if first.setdefault(key, value) != value}
 
 
 class TaskFile(Evaluation):

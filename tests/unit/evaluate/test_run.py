@@ -12,7 +12,7 @@ from rich.console import Console
 from fettle.core import FettleError
 from fettle.evaluate import Perplexity, Results, TaskFile, compare, evaluate, picture
 from fettle.evaluate.interval import mean_interval
-from fettle.evaluate.results import Result, Row, difference_table, draw, require_shared
+from fettle.evaluate.results import Result, Row, _measure, difference_table, draw, paired, require_shared
 from fettle.evaluate.run import prompt_text
 from fettle.evaluate.tasks import names_of
 from fettle.generate import Sampling, generate, prompter
@@ -217,6 +217,18 @@ def test_a_name_has_the_settings_that_differ() -> None:
     assert names_of(specs) == ["a.jsonl, shots 0", "a.jsonl, shots 2", "b.jsonl"]
     texts = [Perplexity(path="a.jsonl", context=8), Perplexity(path="a.jsonl"), TaskFile(path="a.jsonl")]
     assert names_of(texts) == ["a.jsonl, kind perplexity, context 8", "a.jsonl, kind perplexity, context None", "a.jsonl, kind task"]  # fmt: skip
+
+
+def test_each_of_many_is_looked_at_once(monkeypatch) -> None:
+    seen: list[object] = []
+    dump = TaskFile.model_dump
+    monkeypatch.setattr(TaskFile, "model_dump", lambda spec, **how: seen.append(spec) or dump(spec, **how))
+    assert len(set(names_of([TaskFile(path="t.jsonl", seed=i) for i in range(50)]))) == 50 == len(seen)
+    seen.clear()
+    monkeypatch.setattr("fettle.evaluate.results._measure", lambda one: seen.append(one) or _measure(one))
+    before, after = ([result(f"{side}{i}", 0.1, f"{side}{i}.jsonl") for i in range(50)] for side in "xy")
+    assert paired(before, after) == [] and len(seen) == 100
+    assert paired(before, before[::-1]) == [(i, 49 - i) for i in range(50)]
 
 
 def test_two_files_of_one_name_are_told_apart_and_compared_with_themselves(forest: Forest, tmp_path: Path) -> None:
