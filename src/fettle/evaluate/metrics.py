@@ -13,28 +13,31 @@ from collections.abc import Callable, Sequence
 
 HAN = "\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 WORD = re.compile(rf"[{HAN}]|[^\W{HAN}]+")
-WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
-NUMBER = re.compile(rf"[-+]?{WHOLE}(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
 FRACTIONS = "\u00bc-\u00be\u2150-\u215e\u2189"
-MIXED = re.compile(rf"(?:({WHOLE}) ?)?([{FRACTIONS}])")
-WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-"}  # full-width ASCII, and the minus sign
-
-# What `contains` takes for the edge of a word or a number, in normalised text. Scripts without spaces between words, or with
-# particles and articles written onto them, have no edges: Han and kana, Hangul, Hebrew and Arabic, those from Thai to Khmer.
-LETTER = rf"[^\W_{HAN}\u0590-\u08ff\u0e00-\u109f\u1100-\u11ff\u1780-\u17ff\uac00-\ud7a3]"
 RAISED = re.compile(rf"(?<=\d)(?=[\u00b2\u00b3\u00b9\u2070-\u2089{FRACTIONS}])")
 JOINT = "\u2064"  # invisible plus, between a number and what NFKC would else make more digits of it
-OPEN = (
-    r"(?<!\d)(?<!\d\.)(?<!(?<![\w.])\.)"  # no digit, no decimal point
-    r"(?!(?<=\d,)\d{3}(?!\d))"  # no thousands, in lists without spaces ("1,2") they are not
-    rf"(?<!(?<![\w)])[-\u2212])(?<![\u2044{JOINT}])"  # no minus but of a subtraction, no other part of a fraction
-)
-SHUT = rf"(?!\d)(?!\.\d)(?!,\d{{3}}(?!\d))(?![\u2044{JOINT}])"
+
+# What `contains` takes for the edge of a word. Scripts without spaces between words, or with particles and articles written onto
+# them, have no edges: Han and kana, Hangul, Hebrew and Arabic, those from Thai to Khmer.
+LETTER = rf"[^\W_{HAN}\u0590-\u08ff\u0e00-\u109f\u1100-\u11ff\u1780-\u17ff\uac00-\ud7a3]"
+
+SIGN = r"((?:(?<![\w)])[-+])?)"  # behind a number, a word or a bracket it is one of addition or subtraction
+WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+DECIMAL = rf"(?<!\d\.){WHOLE}\.\d+(?!\.?\d)"  # neither part of a date nor of a version
+UNLED = re.compile(rf"(?<!{LETTER})(?<![\d.])\.\d+(?!\.?\d)")  # ".5"; the point of "Fig.4" is one of an abbreviation
+NUMBER = re.compile(rf"{SIGN}(?:(?:{DECIMAL}|{WHOLE})(?:[eE][-+]?\d+)?|{UNLED.pattern})")
+TERM = re.compile(rf"{NUMBER.pattern}(?:[\u2044{JOINT}][-+]?\d+)*")  # with its fraction or power, in normalised text
+MIXED = re.compile(rf"(?:({WHOLE}) ?)?([{FRACTIONS}])")
+
+MINUS = {0x2212: "-"}
+CIRCLED = {0x245F + n: f" {n} " for n in range(1, 21)}
+PLAIN = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | MINUS | CIRCLED  # full-width ASCII too
 
 
 def normal(text: str) -> str:
-    """Compared text: compatibility form, case folded, white space single, no full stop at the end."""
-    return " ".join(unicodedata.normalize("NFKC", RAISED.sub(JOINT, text)).casefold().split()).rstrip(".。 ")
+    """Compared text: compatibility form, the minus sign as in ASCII, case folded, white space single, no full stop at the end."""
+    text = unicodedata.normalize("NFKC", RAISED.sub(JOINT, text)).translate(MINUS)
+    return " ".join(text.casefold().split()).rstrip(".。 ")
 
 
 def exact(output: str, answer: str) -> float:
@@ -45,12 +48,20 @@ def exact(output: str, answer: str) -> float:
 def contains(output: str, answer: str) -> float:
     """1 where the normalised answer stands in the output, as whole words and numbers: '4' is not in '14', '1.4', '4,000' or '-4'.
 
-    An answer in a script whose words have no edges may stand anywhere.
+    '.5' is '0.5'. An answer in a script whose words have no edges may stand anywhere.
     """
-    wanted = normal(answer)
-    head = (rf"(?<!{LETTER})" if re.match(LETTER, wanted) else "") + (OPEN if re.match(r"\d", wanted) else "")
-    tail = (rf"(?!{LETTER})" if re.search(rf"{LETTER}$", wanted) else "") + (SHUT if re.search(r"\d$", wanted) else "")
-    return float(bool(wanted) and re.search(head + re.escape(wanted) + tail, normal(output)) is not None)
+    wanted, text = (UNLED.sub(r"0\g<0>", normal(side)) for side in (answer, output))
+    if not wanted:
+        return 0.0
+    head = rf"(?<!{LETTER})" if re.match(LETTER, wanted) else ""
+    tail = rf"(?!{LETTER})" if re.search(rf"{LETTER}$", wanted) else ""
+    places = {match.start() for match in re.finditer(rf"{head}(?={re.escape(wanted)}{tail})", text)}
+    terms = list(TERM.finditer(text))
+    if TERM.match(wanted):
+        places &= {term.start() for term in terms} | {term.end(1) for term in terms if term[1] == "+"}
+    if re.search(r"\d$", wanted):
+        places &= {term.end() - len(wanted) for term in terms}
+    return float(bool(places))
 
 
 def regex(output: str, pattern: str) -> float:
@@ -58,19 +69,23 @@ def regex(output: str, pattern: str) -> float:
     return float(re.search(pattern, output) is not None)
 
 
-def last_number(text: str) -> float | None:
-    """The last number written in a text ('1,250.5', '-3', '3½', full-width digits too).
+def plain(text: str) -> str:
+    """A text with its numbers in ASCII: full-width and circled digits, the minus sign, fractions as decimals."""
+    return MIXED.sub(_decimal, text.translate(PLAIN))
 
-    A minus after a digit is a sign of subtraction; raised and lowered digits ('10 m²', 'CO₂') are of no number.
+
+def numbers(text: str) -> list[float]:
+    """The numbers written in a text ('1,250.5', '-3', '3½', '③', full-width digits too), in order.
+
+    A minus after a digit is a sign of subtraction; raised and lowered digits ('10 m²', 'CO₂') are of no number; those of a date or
+    version ('1.5.2024') are several.
     """
-    text = MIXED.sub(_decimal, text.translate(WIDE))
-    found = None
-    for match in NUMBER.finditer(text):
-        word = match[0].replace(",", "")
-        if word[0] in "+-" and match.start() and (text[match.start() - 1].isalnum() or text[match.start() - 1] == ")"):
-            word = word[1:]
-        found = float(word)
-    return found
+    return [float(match[0].replace(",", "")) for match in NUMBER.finditer(plain(text))]
+
+
+def last_number(text: str) -> float | None:
+    """The last number written in a text."""
+    return next(reversed(numbers(text)), None)
 
 
 def _decimal(mixed: re.Match[str]) -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fettle.evaluate.metrics import best, contains, exact, last_number, longest_common, number, rouge
+from fettle.evaluate.metrics import best, contains, exact, last_number, longest_common, number, numbers, rouge
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,7 @@ from fettle.evaluate.metrics import best, contains, exact, last_number, longest_
         ("bakers", "baker", 0),
         ("", "x", 0),
         ("H₂O", "h2o", 1),
+        ("−4", "-4", 1),
         ("5²", "52", 0),
     ],
 )
@@ -35,6 +36,14 @@ def test_exact(output: str, answer: str, same: float) -> None:
         ("1,400", "1", 0), ("1,400", "400", 0), ("4, 400", "4", 1), ("1,2,3", "2", 1), ("答案是4，5不对", "4", 1), ("第4章", "4", 1),
         ("-4", "4", 0), ("x = −4", "4", 0), ("-4", "-4", 1), ("10-4", "4", 1), ("Covid-19", "19", 1), ("١٤", "٤", 0),
         ("10 m²", "10", 1), ("10²", "102", 0), ("3½", "3", 0), ("3½", "31", 0), ("½", "2", 0),
+        ("10⁻²", "2", 0), ("10⁻²", "10⁻²", 1), ("3⁄4", "3", 0),
+        ("Born 01.05.2024 in Rome", "2024", 1), ("5.12.1990", "1990", 1), ("5.12.1990", "12", 1), ("v 1.2.3", "1.2.3", 1),
+        ("100,200", "200", 0), ("1,0000", "0000", 1), ("2e-5", "5", 0),
+        ("x = −4", "-4", 1), ("x = -4", "−4", 1), ("10-4 = 6", "-4", 0), ("10−4 = 6", "-4", 0), ("10-4 = 6", "4", 1),
+        ("so +4", "+4", 1), ("so +4", "4", 1), ("3+4", "+4", 0), ("-0.5", "0.5", 0),
+        ("it is 3.5", ".5", 0), ("it is 0.5", ".5", 1), ("it is .5", "0.5", 1), ("-.5", ".5", 0), ("Fig.4", "4", 1),
+        ("It costs $5.", "$5", 1), ("$5", "5", 1), ("about 3.5%", "3.5%", 1), ("13.5%", "3.5%", 0), ("in C++.", "C++", 1),
+        ("the U.S. today", "U.S.", 1), ("a - b", "-", 1), ("at 10:30", "10:30", 1), ("at 10:30", "30", 1), ("11 1 1", "1 1", 1),
     ],
 )  # fmt: skip
 def test_contains(output: str, answer: str, found: float) -> None:
@@ -48,10 +57,16 @@ def test_contains(output: str, answer: str, found: float) -> None:
         ("2e3", 2000), (".5", 0.5), ("none", None), ("room 12.", 12), ("1,2", 2), ("－１，２５０．５", -1250.5),
         ("The area is 10 m²", 10), ("10 cm³.", 10), ("10 ㎡", 10), ("5 kg CO₂", 5), ("x²-3", 3), ("m²", None),
         ("3½", 3.5), ("-3 ½", -3.5), ("½", 0.5), ("1,000¼ or so", 1000.25), ("5 and -⅛", -0.125),
+        ("答案是③", 3), ("⑳ or so", 20), ("③④", 4), ("1.5.2024", 2024), ("v1.2.3", 3), ("1.2.", 1.2), ("Fig.4", 4), ("是.5", 0.5),
     ],
 )  # fmt: skip
 def test_last_number(text: str, value: float | None) -> None:
     assert last_number(text) == value
+
+
+def test_numbers_stand_in_their_order() -> None:
+    assert numbers("so 3½ of ① and 1,250.5-4, then (−5)") == [3.5, 1, 1250.5, 4, -5]
+    assert numbers("CO₂, none") == []
 
 
 def test_number() -> None:
