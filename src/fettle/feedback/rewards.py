@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from fettle.core.spec import Spec, one_of
-from fettle.evaluate.metrics import NUMBER, WORD, best, last_number
+from fettle.evaluate.metrics import WORD, best, last_number, numbers, plain
 from fettle.feedback.functions import call
 from fettle.feedback.functions import reward_function as reward_function
 from fettle.feedback.judge import JudgeReward as JudgeReward
@@ -30,7 +29,9 @@ from fettle.feedback.rules import RulesReward as RulesReward
 from fettle.feedback.rules import compiled
 
 # A number that is part of an expression: a fraction, a power, a root, a number of another base.
-PART = re.compile(r"(?:[/^\u221a]|sqrt\W?)\s*[-+.]?\d|\d\s*(?:[/^]|[\u00b2\u00b3\u00b9\u2070-\u208e])")
+PART = re.compile(r"(?:[/^\u221a\u2044]|sqrt\W?)\s*[-+.]?\d|\d\s*[\u00b2\u00b3\u00b9\u2070-\u208e]")
+# What may stand between a right answer and itself once more: "18\nThe answer is: 18", "7 (7.0)", "x = 4 = 4.0".
+AGAIN = re.compile(r"[\n=\uff1d\uff08]|\s\(")
 
 
 class FunctionReward(Reward):
@@ -118,9 +119,11 @@ class NumberReward(Reward):
 
 
 def _one_number(text: str) -> bool:
-    """Whether a right answer, from its last #### on, has a single number, that is no part of an expression."""
+    """Whether a right answer, from its last #### on, has a single number, said once or again, that is no part of an expression."""
     final = text.rpartition("####")[2]
-    return len(NUMBER.findall(unicodedata.normalize("NFKC", final))) == 1 and not PART.search(final)
+    said = [numbers(part) for part in AGAIN.split(final)]
+    alone = all(len(found) <= 1 for found in said) and len({value for found in said for value in found}) == 1
+    return alone and not PART.search(plain(final))
 
 
 def _references(value: Any) -> list[str]:
