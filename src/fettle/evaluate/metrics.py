@@ -27,7 +27,7 @@ DECIMAL = rf"(?<!\d\.){WHOLE}\.\d+(?!\.?\d)"  # neither part of a date nor of a 
 UNLED = re.compile(rf"(?<!{LETTER})(?<![\d.])\.\d+(?!\.?\d)")  # ".5"; the point of "Fig.4" is one of an abbreviation
 NUMBER = re.compile(rf"{SIGN}(?:(?:{DECIMAL}|{WHOLE})(?:[eE][-+]?\d+)?|{UNLED.pattern})")
 TERM = re.compile(rf"{NUMBER.pattern}(?:[\u2044{JOINT}][-+]?\d+)*")  # with its fraction or power, in normalised text
-MIXED = re.compile(rf"(?:({WHOLE}) ?)?([{FRACTIONS}])")
+MIXED = re.compile(rf"(?:(?<!\d)({WHOLE}) ?)?([{FRACTIONS}])")
 
 MINUS = {0x2212: "-"}
 CIRCLED = {0x245F + n: f" {n} " for n in range(1, 21)}
