@@ -200,15 +200,18 @@ def open_model(ref: str, **changes: Any) -> tuple[Forest, tuple[Edit, ...]]:
     return load(ModelSpec(path=ref).model_copy(update=changes)), ()
 
 
-def require_model(key: str, ref: str, before: Sequence[Stage]) -> None:
-    """FettleError, by its key, where there is nothing for `open_model` to open, nor will be after the stages `before`."""
+def require_model(key: str, ref: str, before: Sequence[Stage], besides: str = "") -> None:
+    """FettleError, by its key, where there is nothing for `open_model` to open, nor will be after the stages `before`.
+
+    `besides` ends the sentence: what else may stand there.
+    """
     if planned(ref, before) is not None or find_artifact(ref) is not None:
         return
     try:
         _require_ended(ref)
         folder_of(ref)
     except FettleError as error:
-        raise FettleError(f"{key}: {str(error).removeprefix('model: ')}") from None
+        raise FettleError(f"{key}: {str(error).removeprefix('model: ')}{besides}") from None
 
 
 def require_artifact(key: str, ref: str, before: Sequence[Stage]) -> None:

@@ -208,17 +208,14 @@ def other_identity(name: str) -> list[Any]:
 
 
 def reference_identity(objective: Any) -> dict[str, Any]:
-    """The same of an objective's reference, where that is another model; FettleError where it is neither a model nor a word."""
+    """The same of an objective's reference, where that is another model; FettleError where it is none."""
     name = getattr(objective, "reference", "auto")
     if name in WORDS:
         return {}
     try:
         return {"reference": other_identity(name)}
     except FettleError as error:
-        said = str(error).removeprefix("model: ")
-        raise FettleError(
-            f"objective.reference: {said}; the words for no other model are {', '.join(WORDS)}"
-        ) from error
+        raise FettleError(f"objective.reference: {str(error).removeprefix('model: ')}") from error
 
 
 def _opened(name: str, policy: Forest) -> tuple[Forest, list[Any]]:

@@ -121,7 +121,8 @@ class Recipe(Stage):
     def require_files(self, before: Sequence[Stage] = ()) -> None:
         """FettleError, by its key, where data, other models or what is evaluated on are not there, or held-out rows are trained on."""
         for key, ref in self.other_models():
-            require_model(key, ref, before)
+            words = f"; the words for no other model are {', '.join(WORDS)}" if key == "objective.reference" else ""
+            require_model(key, ref, before, words)
         held = self.validation.data if self.validation else ()
         require_sources("data", self.data)
         require_sources("validation.data", held)
