@@ -86,6 +86,12 @@ class Quantize(Stage):
         if self.edits and all(edit.role == "rescales" for edit in self.edits):
             yield ("edits",), f"nothing is quantized after {self.edits[-1].kind}; add an edit such as {{kind: rtn}}"
         for i, edit in enumerate(self.edits):
+            scaled = next((e.kind for e in self.edits[:i] if e.role == "rescales"), None)
+            if scaled is not None and getattr(edit, "loftq", None) is not None:
+                yield (
+                    ("edits", i, "loftq"),
+                    f"a later stage would find its update again from weights that {scaled} has not scaled; leave one of the two out",
+                )
             if edit.role == "rescales" and any(e.role == "quantizes" for e in self.edits[:i]):
                 yield ("edits", i), f"{edit.kind} scales weights that are packed by then; put it before the quantizer"
 

@@ -146,6 +146,11 @@ def test_a_later_stage_tunes_over_it(recipe: Any, tmp_path: Path, tiny_llama: Pa
         ("{kind: lora}", "", r"recipe.yaml:3: edits.0: lora does not quantize; put it into a stage of kind: tune"),
         ("{kind: smoothquant}", "", "nothing is quantized after smoothquant"),
         ("{kind: rtn}, {kind: smoothquant}", "", "edits.1: smoothquant scales weights that are packed by then"),
+        (
+            "{kind: smoothquant}, {kind: rtn, loftq: {rank: 4}}",
+            "",
+            "edits.1.loftq: a later stage would find its update again",
+        ),
         ("{kind: hqq}", "", "hqq fits zero points .* symmetric: false"),
         ("{kind: gptq, bits: 4}", "", "bits"),
     ],
