@@ -31,9 +31,7 @@ class Sample:
     weights: tuple[float, ...] = ()  # a conversation's: one a message, 0 where it is not learned
     prompt: str = ""
     completion: str = ""
-    beside: dict[str, Any] = field(
-        default_factory=dict
-    )  # `system`, `tools` and `functions` of its row that nothing reads
+    beside: dict[str, Any] = field(default_factory=dict)  # `system`, `tools`, `functions` of its row that nothing reads
     text: str = ""
     weight: float = 1.0
     label: Any = None  # of a text, or of `text` with `pair`: a name, a number, or a list of them

@@ -124,13 +124,8 @@ def _saved_modules(model: nn.Module, rest: Sequence[Edit], edits: Sequence[Edit]
     saved: list[str] = []
     for name, module in model.named_modules():
         own = {f"{name}.{key}" for key, _ in module.named_parameters()}
-        if (
-            name
-            and name not in wrapped
-            and own
-            and own <= trained - others
-            and not name.startswith(tuple(f"{outer}." for outer in saved))
-        ):
+        inside = name.startswith(tuple(f"{outer}." for outer in saved))
+        if name and own and own <= trained - others and name not in wrapped and not inside:
             saved.append(name)
     if trained - {f"{name}.{key}" for name in saved for key, _ in _weights_of(model, name)}:
         raise _too_much(edits)

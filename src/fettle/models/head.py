@@ -25,9 +25,8 @@ class Head:
     module: nn.Module
     scale: float = 1.0
     softcap: float | None = None
-    bias: Tensor | None = (
-        None  # [1, V] or, where the module adds it, [1, 1] of 0; never trained: what BART and its kin add
-    )
+    # [1, V], or [1, 1] of 0 where the module adds it itself; never trained: what BART and its kin add
+    bias: Tensor | None = None
 
     def finish(self, logits: Tensor) -> Tensor:
         """Scale, bias and soft cap of raw logits, in their own dtype."""
